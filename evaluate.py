@@ -1,0 +1,217 @@
+"""Stage 4: measure any mix of teachers, ensembles, students and exported files on any number of test sets.
+
+    python evaluate.py --baseline runs/alone/best.pt                 # everything under runs/, every test* folder
+    python evaluate.py runs/student/student.ts --data-dir my_parts
+    python evaluate.py runs/ensemble runs/student/best.pt --test-dirs line_1 line_2
+
+Reads   models: best.pt of a teacher or student, a folder of build_ensemble.py, a student.ts
+        test sets: DIR/test*/<class>/*, or the folders named with --test-dirs
+Writes  runs/report/metrics.json   every number of the table, confusion matrices, provenance
+        runs/report/confusion.txt  the confusion matrices to read
+
+The headline is the mean accuracy over the test sets. Brackets are 95 % bootstrap intervals over test
+pictures; they do not hold the spread between training runs: train with several seeds for that.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import cli, data, metrics, models
+from common.checkpoints import atomic_path, file_sha256, load, require_same, save_json, versions
+from common.ensemble import load_ensemble
+from common.export import load_exported
+from common.losses import mixture
+from common.training import plain_args
+
+
+def parse_arguments():
+    p = cli.parser(__doc__)
+    p.add_argument("model", nargs="*", help="best.pt, ensemble folder or .ts (default: all under runs/)")
+    p.add_argument("--data-dir", help=f"its test* folders are the test sets (default: where the first model found its pictures, "
+                   f"or {data.EMBEDDED})")
+    p.add_argument("--test-dirs", nargs="+", metavar="DIR", help="test sets by name, instead of --data-dir's")
+    p.add_argument("--baseline", metavar="MODEL", help="model that all others are compared with")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=64, help="pictures per forward pass")
+    p.add_argument("--output", default="runs/report", help="folder to write")
+    cli.add_data_flags(p)
+    cli.add_device_flag(p)
+    return p.parse_args()
+
+
+class Subject:
+    """One model under test: `probabilities(pictures)`, and what it is.
+
+    A checkpoint or an exported file is one member; an ensemble is its teachers, temperatures and
+    weights. `logits_of` caches per member and set, so a teacher that is named alone and in an
+    ensemble runs once.
+    """
+
+    def __init__(self, path, device, logits_cache):
+        self.path, self.device, self.cache = Path(path), device, logits_cache
+        self.temperatures, self.weights = [1.0], [1.0]
+        if self.path.is_dir():
+            record = load_ensemble(self.path)
+            self.kind, self.files = "ensemble", [Path(teacher["path"]) for teacher in record["teachers"]]
+            self.temperatures, self.weights = record["temperatures"], record["weights"]
+            for file, teacher in zip(self.files, record["teachers"]):
+                if not file.is_file() or file_sha256(file) != teacher["sha256"]:
+                    raise cli.UserError(f"{path}: its teacher {file} is missing or was trained again; build the ensemble again")
+        elif not self.path.is_file():
+            raise cli.UserError(f"{path}: no such file or folder")
+        elif self.path.suffix == ".ts":
+            self.kind, self.files = "exported", [self.path]
+            record = load_exported(self.path)[1]
+        else:
+            record = load(self.path)
+            self.kind, self.files = record["kind"], [self.path]
+        self.classes = record["data"]["classes"] if "data" in record else record["classes"]
+        self.view_size = record["data"]["view_size"] if "data" in record else record["view_size"]
+        self.data_dir = record["data"]["dir"] if "data" in record else None
+        self.parameters = record.get("parameters")  # freezing an exported file turned them into constants
+        self.sha256 = [file_sha256(file) for file in self.files]
+
+    def load(self):
+        """The networks, one per file, taking float [B, 3, S, S] in [0, 255]; exported ones give log-probabilities."""
+        if self.kind == "exported":
+            module = load_exported(self.path)[0]
+            return [lambda pixels: module(pixels.cpu().to(torch.uint8)).clamp(min=1e-12).log()]
+        return [models.load_model(file, self.device)[0] for file in self.files]
+
+    def probabilities(self, networks, name, pictures, batch_size):
+        """float32 [N, classes] on the plain pictures of one test set."""
+        for network, digest in zip(networks, self.sha256):
+            if (digest, name) not in self.cache:
+                self.cache[digest, name] = models.predict(network, pictures, self.device, batch_size)
+        return mixture([self.cache[digest, name] for digest in self.sha256], self.temperatures, self.weights)
+
+    def cost(self, networks):
+        """Parameters, bytes on disk and median milliseconds for one picture (batch 1, after warm-up)."""
+        parameters = self.parameters or sum(p.numel() for network in networks for p in network.parameters())
+        pixels = torch.zeros(1, 3, self.view_size, self.view_size, device=self.device)
+        times = []
+        with torch.inference_mode(), models.autocast(self.device):
+            for _ in range(25):
+                start = time.perf_counter()
+                for network in networks:
+                    network(pixels).sum().item()  # .item() waits for the device
+                times.append(time.perf_counter() - start)
+        return {"parameters": parameters, "bytes": sum(file.stat().st_size for file in self.files),
+                "latency_ms": 1e3 * statistics.median(times[5:])}
+
+
+def main():
+    watch, args = cli.Stopwatch(), parse_arguments()
+    names = args.model or find_models()
+    if args.baseline and args.baseline not in names:
+        names = [args.baseline, *names]
+    device, cache = cli.pick_device(args.device), {}
+    subjects = {name: Subject(name, device, cache) for name in names}
+    first = next(iter(subjects.values()))
+    for name, subject in subjects.items():
+        require_same({"classes": first.classes}, {"classes": subject.classes}, f"{name} against {names[0]}",
+                     "models are compared on the same classes")
+    folders = args.test_dirs or find_test_sets(args.data_dir or first.data_dir or data.EMBEDDED)
+    with watch("pictures"):
+        sets = {side: data.open_test_sets(folders, side, first.classes, args)
+                for side in sorted({subject.view_size for subject in subjects.values()})}
+
+    results, right = {}, {}
+    for name, subject in tqdm(subjects.items(), "evaluating", disable=None, leave=False):
+        with watch("models"):
+            networks = subject.load()
+            results[name] = {"kind": subject.kind, "sha256": subject.sha256, "sets": {}, **subject.cost(networks)}
+            for set_name, pictures in sets[subject.view_size].items():
+                probabilities = subject.probabilities(networks, f"{set_name}@{subject.view_size}", pictures, args.batch_size)
+                results[name]["sets"][set_name] = metrics.score(probabilities, pictures.labels)
+                right[name, set_name] = (probabilities.argmax(1) == pictures.labels).numpy()
+        results[name]["mean_accuracy"] = float(np.mean([s["accuracy"] for s in results[name]["sets"].values()]))
+    set_names = list(next(iter(sets.values())))
+    if args.baseline:
+        compare(results, right, args.baseline, set_names)
+
+    print_table(results, set_names, args.baseline)
+    output = Path(args.output)
+    save_json({"models": results, "classes": first.classes, "baseline": args.baseline, "args": plain_args(args),
+               "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
+               "test_sets": {name: {"folder": str(pictures.packs[0].folder), "fingerprint": pictures.packs[0].fingerprint}
+                             for name, pictures in sets[first.view_size].items()}}, output / "metrics.json")
+    write_confusions(results, first.classes, output / "confusion.txt")
+    print(f"{output / 'metrics.json'}, {output / 'confusion.txt'}")
+    print(watch)
+
+
+def find_models():
+    """Everything under runs/ that can be evaluated: teachers, ensembles, students, exported files."""
+    kinds = {path: load(path)["kind"] for path in sorted(Path("runs").glob("*/best.pt"))}
+    found = [path for path in kinds if kinds[path] == "teacher"]
+    found += [path.parent for path in sorted(Path("runs").glob("*/ensemble.json"))]
+    found += [path for path in kinds if kinds[path] == "student"]
+    found += sorted(Path("runs").glob("*/*.ts"))
+    if not found:
+        raise cli.UserError("no models under runs/; train some or name their paths")
+    return [path.as_posix() for path in found]
+
+
+def find_test_sets(data_dir):
+    folders = sorted(path for path in data.data_folder(data_dir).glob("test*") if path.is_dir())
+    if not folders:
+        raise cli.UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")
+    return folders
+
+
+def compare(results, right, baseline, set_names):
+    """Add to each model its paired differences to the baseline, per set and in the mean over sets."""
+    for name, result in results.items():
+        for set_name in set_names:
+            result["sets"][set_name]["minus_baseline"] = metrics.difference([right[name, set_name]], [right[baseline, set_name]])
+        result["minus_baseline"] = metrics.difference([right[name, s] for s in set_names], [right[baseline, s] for s in set_names])
+
+
+def print_table(results, set_names, baseline):
+    width = max(len(name) for name in [*results, *(f"  {s}" for s in set_names)])
+    sizes = ", ".join(f"{s} {next(iter(results.values()))['sets'][s]['n']}" for s in set_names)
+    print(f"\ntest pictures: {sizes}; [95 % bootstrap intervals]" + (f"; differences are to {baseline}" if baseline else ""))
+    print(f"{'':{width}}  accuracy                 balanced     F1    NLL    ECE  "
+          + (f"{'minus baseline':26}" if baseline else "") + "  M params     MB     ms")
+    for name, result in results.items():
+        print(f"{name:{width}}  {result['mean_accuracy']:.4f}  mean over sets {'':33}{signed(result, name, baseline)}"
+              f"{result['parameters'] / 1e6:8.2f} {result['bytes'] / 1e6:8.1f} {result['latency_ms']:6.1f}")
+        for set_name in set_names:
+            s = result["sets"][set_name]
+            low, high = s["accuracy_interval"]
+            print(f"{'  ' + set_name:{width}}  {s['accuracy']:.4f} [{low:.4f}, {high:.4f}]  {s['balanced_accuracy']:.4f} "
+                  f"{s['macro_f1']:.4f} {s['nll']:6.3f} {s['ece']:6.3f}  {signed(s, name, baseline)}")
+    print()
+
+
+def signed(result, name, baseline):
+    if not baseline:
+        return ""
+    if name == baseline:
+        return f"{'the baseline':26}"
+    d = result["minus_baseline"]
+    return f"{d['difference']:+.4f} [{d['interval'][0]:+.4f}, {d['interval'][1]:+.4f}] "
+
+
+def write_confusions(results, classes, path):
+    """Confusion matrices as text, rows true and columns predicted classes."""
+    width = max(map(len, classes))
+    lines = []
+    for name, result in results.items():
+        for set_name, s in result["sets"].items():
+            lines.append(f"{name} on {set_name}: rows are true, columns predicted classes")
+            lines.append(" " * width + "".join(f"  {c:>{max(5, len(c))}}" for c in classes))
+            for c, row in zip(classes, s["confusion_matrix"]):
+                lines.append(f"{c:{width}}" + "".join(f"  {count:{max(5, len(k))}d}" for k, count in zip(classes, row)))
+            lines.append("")
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

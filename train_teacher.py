@@ -1,0 +1,111 @@
+"""Stage 1: fine-tune one or several timm classifiers on a folder of pictures.
+
+    python train_teacher.py                               # the embedded set, its two default teachers
+    python train_teacher.py --data-dir my_parts --model vit_small_patch14_dinov2 tf_efficientnet_lite0 --pretrained
+    python train_teacher.py --epochs 2 --model resnet10t  # a minute on a laptop
+
+Reads   DIR/train/<class>/*, and DIR/val/<class>/* where there is one (else a part of train is held out)
+Writes  runs/<model>/best.pt   averaged weights of the epoch that was best on val
+        runs/<model>/last.pt   all that --resume needs
+        runs/<model>/log.csv   the training curve
+Next    build_ensemble.py
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import cli, data, models, training
+from common.views import ViewRecipe, batch_plan, render
+
+
+def parse_arguments():
+    p = cli.parser(__doc__)
+    p.add_argument("--model", nargs="+", default=["vit_tiny_r_s16_p8_224", "resnet10t"], metavar="NAME",
+                   help="timm classifiers, trained one after the other")
+    p.add_argument("--data-dir", default=data.EMBEDDED, help="folder with train/ and optionally val/ and test*/; "
+                   "the default is drawn on first use")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--pretrained", action="store_true", help="start from timm's weights (needs a network once)")
+    start.add_argument("--weights", nargs="+", metavar="FILE", help="start from weight files, one per --model")
+    p.add_argument("--view-size", type=cli.positive_int, help="side in px at which pictures are stored and views are made "
+                   "(default: 224, or the pictures' own size where that is less)")
+    p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
+    p.add_argument("--epochs", type=cli.positive_int, default=30, help="passes over the training pictures")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=32, help="pictures per step")
+    p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
+    p.add_argument("--backbone-lr", type=cli.positive_float, default=0.2,
+                   help="share of --lr for the last block of a pretrained backbone")
+    p.add_argument("--layer-decay", type=cli.fraction, default=0.75,
+                   help="learning rate of each earlier block of a pretrained backbone over the next one's")
+    cli.add_training_flags(p)
+    p.add_argument("--label-smoothing", type=cli.fraction, default=0.1, help="share of the label spread over all classes")
+    p.add_argument("--balance-classes", action="store_true", help="weight classes by the inverse of their frequency")
+    p.add_argument("--val-fraction", type=cli.open_fraction, default=0.2, help="share of train/ held out where there is no val/")
+    p.add_argument("--group-regex", type=cli.regex, help="pictures whose path gives the same first match group stay on one side")
+    p.add_argument("--split-seed", type=cli.natural, default=0, help="decides which pictures are held out")
+    p.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
+                   help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
+    p.add_argument("--seed", type=cli.natural, default=0, help="of initialisation, order and views")
+    p.add_argument("--output", default="runs", help="folder for the run folders")
+    cli.add_data_flags(p)
+    cli.add_device_flag(p)
+    return p.parse_args()
+
+
+def main():
+    watch, args = cli.Stopwatch(), parse_arguments()
+    recipe = ViewRecipe.parse(args.view_recipe)
+    weights = args.weights or [None] * len(args.model)
+    if len(weights) != len(args.model):
+        raise cli.UserError(f"--weights names {len(weights)} files for {len(args.model)} models; give one for each")
+    for name, file in zip(args.model, weights):
+        models.check_name(name)
+        if file is not None and not Path(file).is_file():
+            raise cli.UserError(f"--weights {file}: no such file")
+        training.check_run_folder(Path(args.output) / name, args)
+    device = cli.pick_device(args.device)
+
+    with watch("pictures"):
+        folder = data.data_folder(args.data_dir)
+        view_size = args.view_size or data.default_view_size(folder)
+        train, val, record = data.open_training_data(
+            {"dir": str(folder), "view_size": view_size, "val_fraction": args.val_fraction,
+             "split_seed": args.split_seed, "group_regex": args.group_regex}, args)
+    print(f"{folder}: {len(train)} training and {len(val)} validation pictures at {view_size} px, "
+          f"classes {', '.join(record['classes'])}")
+    for name, file in zip(args.model, weights):
+        train_one(name, file, train, val, record, recipe, args, device, watch)
+    print(watch)
+
+
+def train_one(name, weights, train, val, data_record, recipe, args, device, watch):
+    """Train one teacher and write its run folder."""
+    torch.manual_seed(args.seed)
+    classes, img_size = data_record["classes"], args.img_size or data_record["view_size"]
+    model = models.create_teacher(name, len(classes), img_size, args.pretrained, weights)
+    fine_tuned = args.pretrained or weights is not None
+    groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay, args.backbone_lr) if fine_tuned else ()))
+    class_weights = None
+    if args.balance_classes:
+        counts = torch.bincount(train.labels, minlength=len(classes))
+        class_weights = (len(train) / (len(classes) * counts)).to(device)
+
+    def batches(first_step, steps):
+        for indices, passes in batch_plan(len(train), args.batch_size, args.seed, first_step, steps):
+            yield render(train.batch(indices, device), indices, 1 + passes, args.seed, recipe), train.labels[indices].to(device)
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits, labels, class_weights, label_smoothing=args.label_smoothing)
+
+    record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
+              "view_recipe": recipe.record(), "args": training.plain_args(args)}
+    steps = -(-len(train) // args.batch_size)
+    best = training.fit(model, groups, batches, loss, val, steps, Path(args.output) / name, record, args, device, watch)
+    print(f"{Path(args.output) / name / 'best.pt'}: val accuracy {best['accuracy']:.3f}, balanced {best['balanced_accuracy']:.3f}, "
+          f"NLL {best['nll']:.3f} ({best['n']} pictures)")
+
+
+if __name__ == "__main__":
+    cli.run(main)
