@@ -35,7 +35,7 @@ def parse_arguments():
     p.add_argument("--epochs", type=cli.positive_int, default=30, help="passes over the training pictures")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=32, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
-    p.add_argument("--backbone-lr", type=cli.positive_float, default=0.2,
+    p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
                    help="share of --lr for the last block of a pretrained backbone")
     p.add_argument("--layer-decay", type=cli.fraction, default=0.75,
                    help="learning rate of each earlier block of a pretrained backbone over the next one's")
@@ -87,17 +87,18 @@ def train_one(name, weights, train, val, data_record, recipe, args, device, watc
     model = models.create_teacher(name, len(classes), img_size, args.pretrained, weights)
     fine_tuned = args.pretrained or weights is not None
     groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay, args.backbone_lr) if fine_tuned else ()))
-    class_weights = None
+    class_weights = torch.ones(len(classes), device=device)
     if args.balance_classes:
-        counts = torch.bincount(train.labels, minlength=len(classes))
-        class_weights = (len(train) / (len(classes) * counts)).to(device)
+        class_weights = len(train) / (len(classes) * torch.bincount(train.labels, minlength=len(classes))).to(device)
 
     def batches(first_step, steps):
         for indices, passes in batch_plan(len(train), args.batch_size, args.seed, first_step, steps):
             yield render(train.batch(indices, device), indices, 1 + passes, args.seed, recipe), train.labels[indices].to(device)
 
     def loss(logits, labels):
-        return F.cross_entropy(logits, labels, class_weights, label_smoothing=args.label_smoothing)
+        # Weights outside the cross-entropy: inside, torch would apply them to the smoothed share of other classes too.
+        each = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing, reduction="none")
+        return (class_weights[labels] * each).mean()
 
     record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
               "view_recipe": recipe.record(), "args": training.plain_args(args)}

@@ -50,7 +50,7 @@ def fit_temperature(logits, labels):
     for _ in range(60):
         middle = (low * high) ** 0.5
         slope = ((F.softmax(z * middle, dim=1) * z).sum(1) - right).mean()  # d NLL / d (1/T)
-        low, high = (middle, high) if slope < 0 else (low, middle)
+        low, high = (middle, high) if slope <= 0 else (low, middle)
     return float(1 / middle)
 
 

@@ -1,0 +1,90 @@
+"""A tiny labelled set, and the five scripts run on it once, in process, as a user would call them."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import build_ensemble  # noqa: E402
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import train_teacher  # noqa: E402
+from common import cli  # noqa: E402
+
+TEACHERS = ("test_vit", "test_resnet")  # timm's smallest
+SIDE = 32
+
+
+def draw(label, rng):
+    """uint8 [40, 48, 3]: a bar whose direction is the class (0 level, 1 upright, 2 both)."""
+    picture = rng.integers(60, 120, (40, 48, 3))
+    row, column = rng.integers(10, 28), rng.integers(12, 34)
+    if label != 1:
+        picture[row:row + 4, 6:42] += 110
+    if label != 0:
+        picture[5:35, column:column + 4] += 110
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def make_set(root, splits, seed=0):
+    """ImageFolder of three classes; splits: {folder: pictures per class}, 'unlabelled' without class folders."""
+    rng = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for label, name in enumerate(("cross", "level", "upright")):
+            folder = root / split / ("" if split == "unlabelled" else name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                Image.fromarray(draw((2, 0, 1)[label], rng)).save(folder / f"{name[0]}{number:03d}.png")
+    return root
+
+
+def call(main, *words):
+    """Run a script's main() with command line words; returns (exit status, ...) like a process would."""
+    argv, sys.argv = sys.argv, [main.__module__, *map(str, words)]
+    try:
+        cli.run(main)
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The chain's artefacts: .root (the working directory), .data, .runs."""
+    root = tmp_path_factory.mktemp("chain")
+    make_set(root / "parts", {"train": 24, "test": 20, "test_other": 12, "unlabelled": 16})
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        common = ("--device", "cpu")
+        assert call(train_teacher.main, "--data-dir", "parts", "--view-size", SIDE, "--model", *TEACHERS,
+                    "--epochs", 6, "-b", 16, *common) == 0
+        assert call(build_ensemble.main, "--views", 3, *common) == 0
+        assert call(distill.main, "--epochs", 3, "-b", 16, *common) == 0
+        assert call(distill.main, "--epochs", 3, "-b", 16, "--alpha", 0, "--output", "runs/alone", *common) == 0
+        assert call(evaluate.main, "--baseline", "runs/alone/best.pt", *common) == 0
+    finally:
+        os.chdir(before)
+    return SimpleNamespace(root=root, data=root / "parts", runs=root / "runs")
+
+
+@pytest.fixture
+def inside(tiny, monkeypatch):
+    """The chain's working directory, entered."""
+    monkeypatch.chdir(tiny.root)
+    return tiny
+
+
+@pytest.fixture
+def data_args(tmp_path):
+    """What the flags of cli.add_data_flags give."""
+    return SimpleNamespace(workers=2, skip_bad=False, cache_dir=str(tmp_path / "packs"))

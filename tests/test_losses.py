@@ -1,0 +1,75 @@
+"""Formulas against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.losses import distillation_loss, fit_temperature, fit_weights, mixture
+
+LN3 = math.log(3)
+HALF = torch.tensor([[0.5, 0.5]])
+# softmax of (ln 3, 0) is (3/4, 1/4); KL((1/2, 1/2) || (3/4, 1/4)) = 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3)
+KL = 0.5 * math.log(4 / 3)
+CE = math.log(4 / 3)
+
+
+def test_loss_is_the_formula_of_the_docstring():
+    s, y = torch.tensor([[LN3, 0.0]]), torch.tensor([0])
+    assert float(distillation_loss(s, y, HALF, 1.0, 1.0)) == pytest.approx(KL, abs=1e-6)
+    assert float(distillation_loss(s, y, HALF, 0.25, 1.0)) == pytest.approx(0.75 * CE + 0.25 * KL, abs=1e-6)
+    # At tau 2, logits (2 ln 3, 0) soften to (3/4, 1/4), and tau^2 makes it 4 KL.
+    assert float(distillation_loss(2 * s, y, HALF, 1.0, 2.0)) == pytest.approx(4 * KL, abs=1e-6)
+
+
+def test_gradient_is_tau_times_the_difference_of_probabilities():
+    s = torch.tensor([[2 * LN3, 0.0], [2 * LN3, 0.0]], requires_grad=True)
+    distillation_loss(s, torch.tensor([0, 0]), HALF.expand(2, 2), 1.0, 2.0).backward()
+    expected = 2.0 * torch.tensor([[0.25, -0.25]]).expand(2, 2) / 2  # tau (p - q), mean over a batch of 2
+    assert torch.allclose(s.grad, expected, atol=1e-6)
+
+
+def test_a_student_that_answers_the_target_has_no_loss_and_no_gradient():
+    s = torch.randn(4, 3, requires_grad=True)
+    loss = distillation_loss(s, torch.full((4,), -1), F.softmax(s.detach() / 3, dim=1), 1.0, 3.0)
+    loss.backward()
+    assert abs(float(loss)) < 1e-6 and s.grad.abs().max() < 1e-6
+
+
+def test_alpha_zero_is_cross_entropy_bit_for_bit():
+    s, y = torch.randn(32, 6, requires_grad=True), torch.randint(0, 6, (32,))
+    ours, plain = distillation_loss(s, y, None, 0.0, 2.0), F.cross_entropy(s, y)
+    assert torch.equal(ours, plain)
+    assert torch.equal(*(torch.autograd.grad(loss, s)[0] for loss in (ours, plain)))
+
+
+def test_unlabelled_pictures_skip_the_label_term_alone():
+    s, q = torch.randn(3, 4), F.softmax(torch.randn(3, 4), dim=1)
+    kl = distillation_loss(s, torch.tensor([2, -1, -1]), q, 1.0, 1.0)
+    ce = F.cross_entropy(s[:1], torch.tensor([2]))
+    assert torch.allclose(distillation_loss(s, torch.tensor([2, -1, -1]), q, 0.5, 1.0), 0.5 * ce + 0.5 * kl)
+    none = distillation_loss(s, torch.tensor([-1, -1, -1]), q, 0.5, 1.0)
+    assert torch.allclose(none, 0.5 * kl)
+
+
+def test_mixture_is_over_probabilities_with_temperatures():
+    z = torch.tensor([[[2 * LN3, 0.0]], [[0.0, 0.0]]])  # softened by T = 2: (3/4, 1/4) and (1/2, 1/2)
+    assert torch.allclose(mixture(z, [2.0, 1.0], [0.8, 0.2]), torch.tensor([[0.7, 0.3]]), atol=1e-6)
+    assert torch.allclose(mixture(z, [1.0, 1.0], [0.8, 0.2], tau=2.0), torch.tensor([[0.7, 0.3]]), atol=1e-6)
+
+
+def test_fitted_temperature_makes_confidence_equal_accuracy():
+    # Always (2, 0), right three times of four: the best softmax is (3/4, 1/4), so 2 / T = ln 3.
+    logits, labels = torch.tensor([[2.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
+    assert fit_temperature(logits, labels) == pytest.approx(2 / LN3, rel=1e-4)
+    assert fit_temperature(logits, torch.zeros(4, dtype=torch.long)) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_fitted_weights_minimise_the_nll_of_the_mixture():
+    p = torch.tensor([[[0.9, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]])
+    assert fit_weights(p, torch.tensor([0, 0])) == pytest.approx([0.5, 0.5])
+    assert fit_weights(p, torch.tensor([0, 1]))[0] == pytest.approx(1.0)
+    # Likelihoods (0.9, 0.1) twice and (0.2, 0.8) once: d/dw of 2 ln(0.1 + 0.8 w) + ln(0.8 - 0.6 w) is 0 at w = 61/72.
+    p = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.2, 0.8]], [[0.1, 0.9], [0.1, 0.9], [0.8, 0.2]]])
+    assert fit_weights(p, torch.tensor([0, 0, 0]), iterations=2000)[0] == pytest.approx(61 / 72, abs=1e-3)

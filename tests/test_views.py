@@ -1,0 +1,127 @@
+"""A view is a pure function of picture, index, view number and seed."""
+
+import numpy as np
+import torch
+
+import build_ensemble
+import distill
+import train_teacher
+from common.views import ViewRecipe, _mix, batch_plan, render, uniform
+from conftest import SIDE, call
+
+RECIPE = ViewRecipe()
+STILL = dict(zoom_min=1, zoom_max=1, shift=0, rotate=0, flip=0, brightness=0, contrast=0, tint=0)
+
+
+def pictures(count=12, side=32):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+
+
+def test_generator_is_splitmix64():
+    # The first two outputs of the reference implementation for seed 0.
+    golden = 0x9E3779B97F4A7C15
+    states = np.array([golden, 2 * golden % 2**64], np.uint64)
+    assert [hex(v) for v in _mix(states)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+
+
+def test_numbers_are_uniform_and_change_with_every_counter():
+    u = uniform(0, np.arange(2000), np.zeros(2000, int), 11)
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.std() - 12 ** -0.5) < 0.01
+    one = uniform(0, [3], [17], 11)
+    for other in (uniform(1, [3], [17], 11), uniform(0, [4], [17], 11), uniform(0, [3], [18], 11)):
+        assert not np.isclose(one, other).any()
+    assert np.abs(np.corrcoef(u.T) - np.eye(11)).max() < 0.1
+
+
+def test_a_view_does_not_depend_on_order_or_batch_size():
+    x, index, view = pictures(), np.arange(12), np.arange(12) % 4
+    together = render(x, index, view, 7, RECIPE)
+    order = np.random.default_rng(1).permutation(12)
+    assert torch.equal(render(x[order], index[order], view[order], 7, RECIPE), together[order])
+    alone = torch.cat([render(x[i:i + 1], index[i:i + 1], view[i:i + 1], 7, RECIPE) for i in range(12)])
+    assert torch.equal(alone, together)
+
+
+def test_view_zero_is_the_plain_picture_also_beside_others():
+    x = pictures(4)
+    mixed = render(x, range(4), [0, 1, 0, 2], 7, RECIPE)
+    plain = x.permute(0, 3, 1, 2).float()
+    assert torch.equal(mixed[0], plain[0]) and torch.equal(mixed[2], plain[2])
+    assert not torch.equal(mixed[1], plain[1])
+
+
+def test_other_seed_other_view_other_index_give_other_pixels():
+    x = pictures(1).expand(2, -1, -1, -1)
+    base = render(x, [5, 6], [1, 1], 0, RECIPE)
+    assert not torch.allclose(base[0], base[1], atol=1)
+    assert not torch.allclose(base[0], render(x, [5, 6], [2, 2], 0, RECIPE)[0], atol=1)
+    assert not torch.allclose(base[0], render(x, [5, 6], [1, 1], 1, RECIPE)[0], atol=1)
+
+
+def test_still_recipe_returns_the_picture_and_both_flips_turn_it_upside_down():
+    x = pictures(2)
+    plain = x.permute(0, 3, 1, 2).float()
+    assert torch.allclose(render(x, [0, 1], [1, 1], 0, ViewRecipe(**STILL)), plain, atol=1e-2)
+    flipped = render(x, [0, 1], [1, 1], 0, ViewRecipe(**{**STILL, "flip": 1}))
+    assert torch.allclose(flipped, plain.flip(2, 3), atol=1e-2)
+
+
+def test_contrast_turns_about_the_mean_and_brightness_shifts_it():
+    x = (pictures(1, 16) // 4 + 96)  # far from 0 and 255, so that nothing is clipped
+    plain = x.permute(0, 3, 1, 2).float()
+    more = render(x, [0], [1], 0, ViewRecipe(**{**STILL, "contrast": 0.5}))
+    assert torch.allclose(more.mean(), plain.mean(), atol=1e-2)
+    gain = more.std() / plain.std()
+    assert 0.5 <= gain <= 1.5 and abs(gain - 1) > 1e-3
+    shift = render(x, [0], [1], 0, ViewRecipe(**{**STILL, "brightness": 0.1})) - plain
+    assert shift.std() < 1e-2 and 0.01 < shift.abs().mean() <= 25.5
+
+
+def test_each_pass_visits_every_picture_once_and_a_later_start_gives_the_same_batches():
+    plan = list(batch_plan(10, 4, 3, 0, 10))
+    indices, passes = np.concatenate([i for i, _ in plan]), np.concatenate([p for _, p in plan])
+    assert all(len(i) == 4 for i, _ in plan)
+    for number in range(4):
+        assert sorted(indices[passes == number]) == list(range(10))
+    for (a, p), (b, q) in zip(plan[6:], batch_plan(10, 4, 3, 6, 4)):
+        assert (a == b).all() and (p == q).all()
+
+
+def test_the_student_is_taught_with_the_pixels_the_teachers_answered(inside, monkeypatch, tmp_path):
+    seen = {"teachers": {}, "student": {}}
+
+    def recorder(who):
+        def recording(x, indices, views, seed, recipe):
+            pixels = render(x, indices, views, seed, recipe)
+            for i, v, p in zip(indices, views, pixels):
+                seen[who][int(i), int(v)] = p.numpy().tobytes()
+            return pixels
+        return recording
+
+    monkeypatch.setattr(build_ensemble, "render", recorder("teachers"))
+    monkeypatch.setattr(distill, "render", recorder("student"))
+    assert call(build_ensemble.main, "--views", 2, "-b", 25, "--output", tmp_path / "ensemble", "--device", "cpu") == 0
+    assert call(distill.main, tmp_path / "ensemble", "--epochs", 2, "-b", 16, "--output", tmp_path / "s", "--device", "cpu") == 0
+    assert {view for _, view in seen["student"]} == {1, 2}
+    assert len({index for index, _ in seen["student"]}) == 57 + 48  # labelled less held out, and the pool
+    assert all(seen["teachers"][key] == pixels for key, pixels in seen["student"].items())
+    assert len(next(iter(seen["student"].values()))) == 4 * 3 * SIDE * SIDE
+
+
+def test_a_teacher_trains_on_the_same_views(inside, monkeypatch, tmp_path):
+    seen = {}
+
+    def recording(x, indices, views, seed, recipe):
+        pixels = render(x, indices, views, seed, recipe)
+        seen.update({(int(i), int(v)): p for i, v, p in zip(indices, views, pixels)})
+        return pixels
+
+    monkeypatch.setattr(train_teacher, "render", recording)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 1, "--device", "cpu")
+    assert call(train_teacher.main, *words, "--output", tmp_path) == 0
+    trained = dict(seen)
+    monkeypatch.setattr(build_ensemble, "render", recording)
+    assert call(build_ensemble.main, tmp_path / "test_resnet" / "best.pt", "--views", 1, "--unlabelled", "none",
+                "--output", tmp_path / "e", "--device", "cpu") == 0
+    assert len(trained) > 50
+    assert all(torch.equal(seen[key], pixels) for key, pixels in trained.items())
