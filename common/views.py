@@ -33,7 +33,7 @@ class ViewRecipe:
     zoom_min: float = 0.8
     zoom_max: float = 1.05
     shift: float = 0.05
-    rotate: float = 180.0
+    rotate: float = 20.0
     flip: float = 0.5
     brightness: float = 0.15
     contrast: float = 0.25
