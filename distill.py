@@ -40,7 +40,7 @@ def parse_arguments():
     start.add_argument("--weights", metavar="FILE", help="start from a ResNet18 state dict file")
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the student sees (default: the view size)")
     p.add_argument("--epochs", type=cli.positive_int, default=5, help="passes over labelled and unlabelled pictures")
-    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=32, help="pictures per step")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate")
     cli.add_training_flags(p)
     p.add_argument("--seed", type=cli.natural, default=0, help="of initialisation and order; the views are the ensemble's")

@@ -22,7 +22,7 @@ from common.views import ViewRecipe, batch_plan, render
 
 def parse_arguments():
     p = cli.parser(__doc__)
-    p.add_argument("--model", nargs="+", default=["vit_tiny_r_s16_p8_224", "resnet10t"], metavar="NAME",
+    p.add_argument("--model", nargs="+", default=["botnet26t_256", "resnet10t"], metavar="NAME",
                    help="timm classifiers, trained one after the other")
     p.add_argument("--data-dir", default=data.EMBEDDED, help="folder with train/ and optionally val/ and test*/; "
                    "the default is drawn on first use")
@@ -30,10 +30,10 @@ def parse_arguments():
     start.add_argument("--pretrained", action="store_true", help="start from timm's weights (needs a network once)")
     start.add_argument("--weights", nargs="+", metavar="FILE", help="start from weight files, one per --model")
     p.add_argument("--view-size", type=cli.positive_int, help="side in px at which pictures are stored and views are made "
-                   "(default: 224, or the pictures' own size where that is less)")
+                   "(default: 224, or the pictures' own size where that is less; 64 for the embedded set)")
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
     p.add_argument("--epochs", type=cli.positive_int, default=30, help="passes over the training pictures")
-    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=32, help="pictures per step")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
     p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
                    help="share of --lr for the last block of a pretrained backbone")

@@ -30,14 +30,14 @@ class ViewRecipe:
     tint: largest relative change of one colour channel's gain.
     """
 
-    zoom_min: float = 0.8
+    zoom_min: float = 0.85
     zoom_max: float = 1.05
     shift: float = 0.05
-    rotate: float = 20.0
+    rotate: float = 12.0
     flip: float = 0.5
-    brightness: float = 0.15
-    contrast: float = 0.25
-    tint: float = 0.08
+    brightness: float = 0.08
+    contrast: float = 0.15
+    tint: float = 0.05
 
     def __post_init__(self):
         ok = (0 < self.zoom_min <= self.zoom_max and 0 <= self.flip <= 1 and 0 <= self.contrast < 1
