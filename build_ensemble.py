@@ -31,7 +31,7 @@ TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds
 def parse_arguments():
     p = cli.parser(__doc__)
     p.add_argument("checkpoint", nargs="*", help="teachers' best.pt (default: every teacher in runs/*/best.pt)")
-    p.add_argument("--views", type=cli.positive_int, default=8, help="augmented views to store, beside the plain one")
+    p.add_argument("--views", type=cli.positive_int, default=4, help="augmented views to store, beside the plain one")
     p.add_argument("--unlabelled", metavar="DIR", help="pictures without labels that take part in distillation "
                    "(default: unlabelled/ in the data folder where there is one; 'none' for none)")
     p.add_argument("--weights", choices=["fitted", "equal"], default="fitted", help="of the teachers in the mixture")

@@ -38,7 +38,7 @@ VERSION = 1  # raise it with every change of the drawing; the constants below ar
 SEED = 20240601
 
 # Pictures per class; the unlabelled pool has no class folders and holds the classes in equal shares.
-PER_CLASS = {"train": 160, "val": 50, "test": 150, "test_shifted": 150, "unlabelled": 320}
+PER_CLASS = {"train": 160, "val": 50, "test": 150, "test_shifted": 150, "unlabelled": 240}
 SHIFTED_SHARE = {"test_shifted": 1.0, "unlabelled": 0.25}  # share from the second line; others 0
 
 # Difficulty.  Each defect draws s uniformly from STRENGTH; s = 0 gives the first, s = 1 the second
@@ -46,7 +46,7 @@ SHIFTED_SHARE = {"test_shifted": 1.0, "unlabelled": 0.25}  # share from the seco
 STRENGTH = (0.0, 1.0)
 BEND_ANGLE = (24.0, 60.0)  # degrees between the two ends of the shaft
 CHIP_SIZE = (0.75, 1.2)  # reach of the break into the head, of the radius of the head
-RUST_AREA = (0.10, 0.35)  # of the visible part
+RUST_AREA = (0.08, 0.30)  # of the visible part
 SCRATCH_WIDTH = (0.04, 0.075)  # half-frames; 0.021 is one finished pixel
 THREAD_SHARE = (0.5, 0.95)  # length of the damaged stretch, of the threaded length
 
@@ -172,7 +172,7 @@ def sample_part(rng) -> Part:
     # Proportions in shaft radii; stocky parts, so that a turn of the thread is several pixels wide.
     length, head = rng.uniform(4.5, 6.0), rng.uniform(1.7, 2.05)
     height = rng.uniform(*{"hex_bolt": (1.1, 1.6), "socket_cap": (1.5, 2.2)}.get(kind, (0.9, 1.3)))
-    rotation, tilt = rng.uniform(-0.15, 0.15) + math.pi / 2 * rng.integers(4), rng.uniform(0.2, 0.35)
+    rotation, tilt = rng.uniform(-0.2, 0.2) + math.pi * rng.integers(2), rng.uniform(0.2, 0.35)
     # Scale so that the bounding box of the rotated part takes the wanted share of the frame.
     cos, sin = abs(math.cos(rotation)), abs(math.sin(rotation))
     along = (length + height) * math.cos(tilt) + head * math.sin(tilt)
@@ -501,8 +501,8 @@ def draw_part(part: Part, light: Lighting, class_name: str, nuisance, rng):
         albedo = mix(albedo, crust, 0.93 * weight[:, None])
         gloss = gloss * (1.0 - 0.95 * weight)
     elif class_name == "head_chipped":  # the break shows bare, grainy metal below the finish
-        albedo = mix(albedo, 0.38 + 0.08 * fine[:, None], 0.7 * broken[:, None])
-        gloss = np.where(broken, 0.4, gloss).astype(np.float32)
+        albedo = mix(albedo, np.clip(0.62 + 0.22 * fine, 0.1, 1.0)[:, None], 0.9 * broken[:, None])
+        gloss = np.where(broken, 0.2, gloss).astype(np.float32)
         relief = relief + 0.004 * fine * broken
     for weight, colour, loss in sample_marks(part, x, y, pixels, nuisance):
         albedo = mix(albedo, colour, weight[:, None])
