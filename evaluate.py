@@ -115,7 +115,8 @@ def main():
     for name, subject in subjects.items():
         require_same({"classes": first.classes}, {"classes": subject.classes}, f"{name} against {names[0]}",
                      "models are compared on the same classes")
-    folders = args.test_dirs or find_test_sets(args.data_dir or first.data_dir or data.EMBEDDED)
+    known = [subject.data_dir for subject in subjects.values() if subject.data_dir]  # an exported file does not say
+    folders = args.test_dirs or find_test_sets(args.data_dir or (known or [data.EMBEDDED])[0])
     with watch("pictures"):
         sets = {side: data.open_test_sets(folders, side, first.classes, args)
                 for side in sorted({subject.view_size for subject in subjects.values()})}

@@ -10,6 +10,7 @@ some pictures could not be read; they are reported on standard error and the oth
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -100,5 +101,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, as in `| head`, has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at exit
         sys.exit(0)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from common import cli, data, models, training
 from common.views import ViewRecipe, batch_plan, render
 
+STEPS = 640
+
 
 def parse_arguments():
     p = cli.parser(__doc__)
@@ -32,7 +34,7 @@ def parse_arguments():
     p.add_argument("--view-size", type=cli.positive_int, help="side in px at which pictures are stored and views are made "
                    "(default: 224, or the pictures' own size where that is less; 64 for the embedded set)")
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
-    p.add_argument("--epochs", type=cli.positive_int, default=8, help="passes over the training pictures")
+    p.add_argument("--epochs", type=cli.positive_int, help=f"passes over the training pictures (default: as many as make {STEPS} steps)")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=12, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1.5e-3, help="peak learning rate of new layers")
     p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
@@ -100,9 +102,10 @@ def train_one(name, weights, train, val, data_record, recipe, args, device, watc
         each = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing, reduction="none")
         return (class_weights[labels] * each).mean()
 
+    steps = -(-len(train) // args.batch_size)
+    args.epochs = args.epochs or training.default_epochs(STEPS, steps)
     record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
               "view_recipe": recipe.record(), "args": training.plain_args(args)}
-    steps = -(-len(train) // args.batch_size)
     best = training.fit(model, groups, batches, loss, val, steps, Path(args.output) / name, record, args, device, watch)
     print(f"{Path(args.output) / name / 'best.pt'}: val accuracy {best['accuracy']:.3f}, balanced {best['balanced_accuracy']:.3f}, "
           f"NLL {best['nll']:.3f} ({best['n']} pictures)")

@@ -65,7 +65,8 @@ def parser(docstring):
     """An ArgumentParser that shows the script's docstring and each flag's default."""
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+        def _get_help_string(self, action):  # where the default is None, the help line itself says what happens
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
 

@@ -703,6 +703,8 @@ def make_dataset(root: Path, progress: bool = True) -> Path:
     try:
         draft.chmod(0o755)  # mkdtemp makes it private
         jobs = [job for split in PER_CLASS for job in plan(split)]
+        if progress:
+            print(f"drawing {len(jobs)} pictures of fasteners into {root} (once)", flush=True)
         for folder in {(draft / job[0]).parent for job in jobs}:
             folder.mkdir(parents=True)
         with ProcessPoolExecutor(os.cpu_count()) as pool:

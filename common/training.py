@@ -20,6 +20,11 @@ SAVES = 10  # validations and checkpoints per run, evenly spread, the last one a
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "cache_dir", "output", "data_dir", "unlabelled", "model", "weights"}
 
 
+def default_epochs(steps, steps_per_epoch):
+    """Passes that make at least so many steps: few pictures need more passes than many do."""
+    return max(1, -(-steps // steps_per_epoch))
+
+
 def check_run_folder(folder, args):
     """Refuse a folder that holds a run already, or a --resume of none; called before any long work."""
     last = Path(folder) / "last.pt"

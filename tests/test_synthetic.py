@@ -1,0 +1,72 @@
+"""The embedded set: repeatable, complete or absent, and without shortcuts."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import synthetic
+from common.synthetic import CLASSES, SEED, SIZE, draw
+
+SMALL = {"train": 2, "val": 1, "test": 1, "test_shifted": 1, "unlabelled": 2}
+
+
+def test_a_picture_is_a_pure_function_of_its_key():
+    first = [draw(name, (SEED, 0, 7)) for name in CLASSES]
+    again = [draw(name, (SEED, 0, 7)) for name in reversed(CLASSES)][::-1]
+    assert all((a == b).all() for a, b in zip(first, again))
+    assert first[0].shape == (SIZE, SIZE, 3) and first[0].dtype == np.uint8
+    assert (draw("good", (SEED, 0, 8)) != first[1]).any()
+
+
+def test_the_class_changes_the_part_and_nothing_around_it():
+    """Same key, other class: same part, scene and camera, so no nuisance can depend on the class."""
+    for index in range(6):
+        good = draw("good", (SEED, 0, index)).astype(int)
+        for name in ("rusted", "scratched", "thread_damaged"):
+            other = draw(name, (SEED, 0, index)).astype(int)
+            changed = np.abs(other - good).max(2) > 12
+            assert 0.002 < changed.mean() < 0.5, (name, index)
+            assert not changed[[0, 0, -1, -1], [0, -1, 0, -1]].any()
+
+
+def test_the_set_is_written_whole_and_byte_identical(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "PER_CLASS", SMALL)
+    monkeypatch.setattr(synthetic, "ProcessPoolExecutor", InProcess)  # workers would not see the small table
+    a, b = (synthetic.make_dataset(tmp_path / name, progress=False) for name in "ab")
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    assert len(files) == 6 * sum(SMALL.values()) + 1
+    assert all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
+    assert not [p for p in tmp_path.iterdir() if p.name not in "ab"]
+    marker = json.loads((a / synthetic.MARKER).read_text())
+    (a / synthetic.MARKER).write_text(json.dumps({**marker, "seed": 1}))
+    with pytest.raises(ValueError, match="remove it"):
+        synthetic.make_dataset(a)
+
+
+class InProcess:
+    """A process pool's `map`, here."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, function, jobs, chunksize):
+        return map(function, jobs)
+
+
+def test_linear_classifiers_on_thumbnails_and_mean_colour_stay_near_chance():
+    pictures = [Image.fromarray(draw(CLASSES[i % 6], (SEED, 99, i))) for i in range(720)]
+    labels = np.arange(720) % 6
+    for side, limit in ((8, 0.36), (1, 0.25)):  # chance is 0.167, its 95 % range on 240 pictures up to 0.21
+        x = np.array([np.asarray(p.resize((side, side), Image.Resampling.BOX)).ravel() for p in pictures], float)
+        x = np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
+        train, test = x[:480], x[480:]
+        weights = np.linalg.solve(train.T @ train + 100 * np.eye(x.shape[1]), train.T @ np.eye(6)[labels[:480]])
+        assert ((test @ weights).argmax(1) == labels[480:]).mean() < limit
