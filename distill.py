@@ -27,7 +27,7 @@ from common.losses import distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.views import batch_plan, recipe_from_record, render
 
-STEPS = 800
+STEPS = 500
 
 
 def parse_arguments():
@@ -43,8 +43,8 @@ def parse_arguments():
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the student sees (default: the view size)")
     p.add_argument("--epochs", type=cli.positive_int, help="passes over labelled and unlabelled pictures "
                    f"(default: as many as make {STEPS} steps)")
-    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=12, help="pictures per step")
-    p.add_argument("--lr", type=cli.positive_float, default=1.5e-3, help="peak learning rate")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
+    p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate")
     cli.add_training_flags(p)
     p.add_argument("--seed", type=cli.natural, default=0, help="of initialisation and order; the views are the ensemble's")
     p.add_argument("--output", default="runs/student", help="run folder to write")

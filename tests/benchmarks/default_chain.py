@@ -3,8 +3,7 @@
     python tests/benchmarks/default_chain.py                # 3 seeds, about 10 minutes each on 2 cores
     python tests/benchmarks/default_chain.py --seeds 0
 
-Runs the scripts as a user would, in runs/benchmark/seed_N/; a seed that has its metrics.json is not
-run again. The seed changes initialisation, order and views of every stage; the pictures stay.
+Runs the scripts as a user would, in runs/benchmark/seed_N/; a stage that finished is not run again. The seed changes initialisation, order and views of every stage; the pictures stay.
 """
 
 import argparse
@@ -38,17 +37,18 @@ def stages(home, seed):
 
 
 def run_seed(home, seed):
-    """Run the chain of one seed unless it is done; returns (metrics, seconds per stage)."""
-    done = home / "report" / "metrics.json"
-    if not done.is_file():
-        seconds = {}
-        for name, words in stages(home.as_posix(), seed):
-            start = time.perf_counter()
-            overwrite = ["--overwrite"] if name != "evaluate" else []
-            subprocess.run([sys.executable, *map(str, words), *overwrite], cwd=ROOT, check=True)
-            seconds[name] = time.perf_counter() - start
-        (home / "seconds.json").write_text(json.dumps(seconds))
-    return json.loads(done.read_text()), json.loads((home / "seconds.json").read_text())
+    """Run what is missing of one seed's chain; returns (metrics, seconds per stage)."""
+    log = home / "seconds.json"
+    seconds = json.loads(log.read_text()) if log.is_file() else {}
+    for name, words in stages(home.as_posix(), seed):
+        if name in seconds:
+            continue
+        start = time.perf_counter()
+        overwrite = ["--overwrite"] if name != "evaluate" else []
+        subprocess.run([sys.executable, *map(str, words), *overwrite], cwd=ROOT, check=True)
+        seconds[name] = time.perf_counter() - start
+        log.write_text(json.dumps(seconds))
+    return json.loads((home / "report" / "metrics.json").read_text()), seconds
 
 
 def find(metrics, part):
