@@ -27,7 +27,7 @@ from common.losses import distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.views import batch_plan, recipe_from_record, render
 
-STEPS = 500
+STEPS = 400
 
 
 def parse_arguments():

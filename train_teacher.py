@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import cli, data, models, training
 from common.views import ViewRecipe, batch_plan, render
 
-STEPS = 640
+STEPS = 480
 
 
 def parse_arguments():
@@ -35,8 +35,8 @@ def parse_arguments():
                    "(default: 224, or the pictures' own size where that is less; 64 for the embedded set)")
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
     p.add_argument("--epochs", type=cli.positive_int, help=f"passes over the training pictures (default: as many as make {STEPS} steps)")
-    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=12, help="pictures per step")
-    p.add_argument("--lr", type=cli.positive_float, default=1.5e-3, help="peak learning rate of new layers")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
+    p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
     p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
                    help="share of --lr for the last block of a pretrained backbone")
     p.add_argument("--layer-decay", type=cli.fraction, default=0.75,
