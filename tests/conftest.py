@@ -67,9 +67,9 @@ def tiny(tmp_path_factory):
     try:
         common = ("--device", "cpu")
         assert call(train_teacher.main, "--data-dir", "parts", "--view-size", SIDE, "--model", *TEACHERS,
-                    "--epochs", 6, "-b", 16, *common) == 0
+                    "--epochs", 40, "-b", 16, *common) == 0
         assert call(build_ensemble.main, "--views", 3, *common) == 0
-        assert call(distill.main, "--epochs", 3, "-b", 16, *common) == 0
+        assert call(distill.main, "--epochs", 15, "-b", 16, *common) == 0
         assert call(distill.main, "--epochs", 3, "-b", 16, "--alpha", 0, "--output", "runs/alone", *common) == 0
         assert call(evaluate.main, "--baseline", "runs/alone/best.pt", *common) == 0
     finally:
