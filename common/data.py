@@ -157,13 +157,14 @@ def _build(home, folder, wanted, pool):
 
     def decode(row):
         path, _, digest = row
+        data = None
         try:
             data = (folder / path).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("changed while it was read")
             return resize(torch.from_numpy(read_picture(io.BytesIO(data))), side), None
         except Exception as error:  # Pillow raises many kinds for damaged files
-            return None, f"{type(error).__name__}: {error}" if data else "the file is empty"
+            return None, "the file is empty" if data == b"" else f"{type(error).__name__}: {error}"
 
     bad, kept = {}, 0
     with atomic_path(home / "images.npy") as temporary:

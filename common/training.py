@@ -22,7 +22,7 @@ FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "cache_dir", "outp
 
 def default_epochs(steps, steps_per_epoch):
     """Passes that make at least so many steps: few pictures need more passes than many do."""
-    return max(1, -(-steps // steps_per_epoch))
+    return -(-steps // steps_per_epoch)
 
 
 def check_run_folder(folder, args):
