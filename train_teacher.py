@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from common import cli, data, models, training
 from common.views import ViewRecipe, batch_plan, render
 
-STEPS = 480
+STEPS = 600
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
-    p.add_argument("--model", nargs="+", default=["botnet26t_256", "resnet10t"], metavar="NAME",
+    p.add_argument("--model", nargs="+", default=["levit_conv_128s", "resnet10t"], metavar="NAME",
                    help="timm classifiers, trained one after the other")
     p.add_argument("--data-dir", default=data.EMBEDDED, help="folder with train/ and optionally val/ and test*/; "
                    "the default is drawn on first use")

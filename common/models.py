@@ -57,6 +57,8 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
             backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
         except TypeError:  # most CNNs take any size and have no such argument
             backbone = timm.create_model(name, num_classes=classes, **source)
+        if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):
+            wake_residual_branches(backbone)
         config = backbone.pretrained_cfg
         model = Classifier(backbone, img_size, config["mean"], config["std"])
         with torch.no_grad():
@@ -70,6 +72,17 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
                             "download them elsewhere and give --weights FILE")
         raise UserError(f"--model {name} at {img_size} px: {reason}; try another --img-size")
     return model
+
+
+def wake_residual_branches(backbone):
+    """Let every residual branch take part from the first step.
+
+    timm starts the last norm of each branch at weight zero (Goyal et al. 2017), which steadies long
+    schedules; a run from scratch of a few hundred steps is half over before the branches have grown.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.ones_(module.weight)
 
 
 def create_student(classes, img_size, pretrained=False, weights=None):

@@ -35,20 +35,21 @@ from tqdm import tqdm
 CLASSES = ("bent", "good", "head_chipped", "rusted", "scratched", "thread_damaged")
 SIZE = 96  # side of a finished picture, px
 VERSION = 1  # raise it with every change of the drawing; the constants below are compared by themselves
-SEED = 20240601
+SEED = 20261123
 
-# Pictures per class; the unlabelled pool has no class folders and holds the classes in equal shares.
-PER_CLASS = {"train": 160, "val": 50, "test": 150, "test_shifted": 150, "unlabelled": 240}
+# Pictures per class: few labels and many unlabelled pictures, as a factory has them.  The unlabelled
+# pool has no class folders and holds the classes in equal shares.
+PER_CLASS = {"train": 40, "val": 40, "test": 150, "test_shifted": 150, "unlabelled": 400}
 SHIFTED_SHARE = {"test_shifted": 1.0, "unlabelled": 0.25}  # share from the second line; others 0
 
 # Difficulty.  Each defect draws s uniformly from STRENGTH; s = 0 gives the first, s = 1 the second
 # number of its range below.  A lower STRENGTH[0] makes a longer tail of faint defects.
 STRENGTH = (0.0, 1.0)
-BEND_ANGLE = (24.0, 60.0)  # degrees between the two ends of the shaft
-CHIP_SIZE = (0.75, 1.2)  # reach of the break into the head, of the radius of the head
-RUST_AREA = (0.08, 0.30)  # of the visible part
-SCRATCH_WIDTH = (0.04, 0.075)  # half-frames; 0.021 is one finished pixel
-THREAD_SHARE = (0.5, 0.95)  # length of the damaged stretch, of the threaded length
+BEND_ANGLE = (32.0, 65.0)  # degrees between the two ends of the shaft
+CHIP_SIZE = (0.95, 1.3)  # reach of the break into the head, of the radius of the head
+RUST_AREA = (0.16, 0.36)  # of the visible part
+SCRATCH_WIDTH = (0.08, 0.125)  # half-frames; 0.021 is one finished pixel
+THREAD_SHARE = (0.8, 1.0)  # length of the damaged stretch, of the threaded length
 
 RENDER = 2 * SIZE  # the part is drawn at twice the size and averaged down against jagged edges
 PIXEL = 2.0 / RENDER

@@ -35,9 +35,9 @@ class ViewRecipe:
     shift: float = 0.05
     rotate: float = 12.0
     flip: float = 0.5
-    brightness: float = 0.08
-    contrast: float = 0.15
-    tint: float = 0.05
+    brightness: float = 0.12
+    contrast: float = 0.25
+    tint: float = 0.12
 
     def __post_init__(self):
         ok = (0 < self.zoom_min <= self.zoom_max and 0 <= self.flip <= 1 and 0 <= self.contrast < 1

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,7 +24,7 @@ from common import data, training
 from common.checkpoints import load
 from common.ensemble import load_ensemble, open_views, soft_targets
 from common.export import load_exported
-from common.models import load_model, predict
+from common.models import create_teacher, load_model, predict
 from conftest import ROOT, SIDE, TEACHERS, call
 
 CPU = ("--device", "cpu")
@@ -212,3 +213,14 @@ def test_pictures_of_cameras_of_any_shape_go_through_infer(tiny, tmp_path, capsy
     with pytest.raises(SystemExit) as end:
         infer.main()
     assert end.value.code == 0 and len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_resnet_teacher_from_scratch_has_no_sleeping_branch_and_a_loaded_one_keeps_its_own(tmp_path):
+    def asleep(model):
+        return sum(not m.weight.any() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+    theirs = timm.create_model("resnet10t", num_classes=3)
+    assert asleep(theirs) == 4  # one per residual block: what timm does
+    assert asleep(create_teacher("resnet10t", 3, 32)) == 0
+    torch.save(theirs.state_dict(), tmp_path / "resnet10t.pth")
+    assert asleep(create_teacher("resnet10t", 3, 32, weights=tmp_path / "resnet10t.pth")) == 4

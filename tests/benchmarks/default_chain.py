@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-TEACHERS = ("botnet26t_256", "resnet10t")
+TEACHERS = ("levit_conv_128s", "resnet10t")
 
 
 def stages(home, seed):

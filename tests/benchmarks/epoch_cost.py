@@ -1,7 +1,7 @@
 """What a distillation epoch costs: with cached logits, stand-alone, and with the teachers run online.
 
     python tests/benchmarks/epoch_cost.py                    # DINOv2 ViT-S and EfficientNet-Lite0 at 224 px
-    python tests/benchmarks/epoch_cost.py --steps 4 --teachers botnet26t_256 resnet10t --side 64
+    python tests/benchmarks/epoch_cost.py --steps 4 --teachers levit_conv_128s resnet10t --side 64
 
 Everything in one process, the kinds of step in turn (A B C A B C ...), medians and ratios. Weights do
 not change the time, so the teachers start from random ones; pictures are random and lie in memory maps
