@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import cli, data, models
-from common.checkpoints import file_sha256, load, load_json, require_same, save_json, versions
+from common.checkpoints import exclusive, file_sha256, load, load_json, require_same, save_json, versions
 from common.ensemble import SCHEMA, load_ensemble, open_views, view_file, write_view
 from common.losses import fit_temperature, fit_weights, mixture
 from common.metrics import score
@@ -52,7 +52,8 @@ def main():
     if args.check:
         check(args, watch)
     else:
-        build(args, watch)
+        with exclusive(args.output):
+            build(args, watch)
     print(watch)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from common import cli, data, models, training
-from common.checkpoints import file_sha256, require_same
+from common.checkpoints import exclusive, file_sha256, require_same
 from common.ensemble import load_ensemble, open_views, soft_targets
 from common.export import export
 from common.losses import distillation_loss, fit_temperature, mixture
@@ -57,6 +57,13 @@ def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     output = Path(args.output)
     training.check_run_folder(output, args)
+    with exclusive(output):
+        distil(output, args, watch)
+    print(watch)
+
+
+def distil(output, args, watch):
+    """Train the student into the run folder `output` and export it."""
     ensemble = load_ensemble(args.ensemble)
     recipe = recipe_from_record(ensemble["view_recipe"])
     device = cli.pick_device(args.device)
@@ -92,7 +99,6 @@ def main():
     training.fit(model, groups, batches, loss, val, steps, output, record, args, device, watch)
     with watch("export"):
         finish(output, val, device)
-    print(watch)
 
 
 def open_pictures(ensemble, args):

@@ -11,12 +11,14 @@ Writes  runs/<model>/best.pt   averaged weights of the epoch that was best on va
 Next    build_ensemble.py
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from common import cli, data, models, training
+from common.checkpoints import exclusive
 from common.views import ViewRecipe, batch_plan, render
 
 STEPS = 600
@@ -67,8 +69,16 @@ def main():
         if file is not None and not Path(file).is_file():
             raise cli.UserError(f"--weights {file}: no such file")
         training.check_run_folder(Path(args.output) / name, args)
-    device = cli.pick_device(args.device)
+    with ExitStack() as held:
+        for name in args.model:
+            held.enter_context(exclusive(Path(args.output) / name))
+        train_all(weights, recipe, args, watch)
+    print(watch)
 
+
+def train_all(weights, recipe, args, watch):
+    """Open the pictures and train every teacher on them."""
+    device = cli.pick_device(args.device)
     with watch("pictures"):
         folder = data.data_folder(args.data_dir)
         view_size = args.view_size or data.default_view_size(folder)
@@ -79,7 +89,6 @@ def main():
           f"classes {', '.join(record['classes'])}")
     for name, file in zip(args.model, weights):
         train_one(name, file, train, val, record, recipe, args, device, watch)
-    print(watch)
 
 
 def train_one(name, weights, train, val, data_record, recipe, args, device, watch):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,36 @@ def atomic_path(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder):
+    """Keep `folder` to this process; UserError where another one is at work in it.
+
+    The lock is the system's, so a killed process holds none. Folders made here that nothing was written to are removed again.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{folder}: in use by another process; wait for it or use another --output")
+    try:
+        yield
+    finally:
+        file.close()
+        (folder / ".lock").unlink(missing_ok=True)
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def save(state, path):

@@ -11,6 +11,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
+from common.checkpoints import exclusive
 from conftest import SIDE, call, make_set
 
 CPU = ("--device", "cpu")
@@ -55,6 +56,15 @@ def test_every_unreadable_picture_is_listed_before_training(refused, tmp_path):
     error = refused(train_teacher.main, "--data-dir", bad, *TRAIN, "--output", tmp_path / "out")
     assert "2 pictures cannot be read" in error and "c000.png" in error and "l000.png" in error and "--skip-bad" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_run_is_writing_to(refused, tmp_path):
+    for main, folder, words in ((train_teacher.main, "test_resnet", ("--data-dir", "parts", *TRAIN, "--output", tmp_path)),
+                                (build_ensemble.main, "e", ("--output", tmp_path / "e", *CPU)),
+                                (distill.main, "s", ("--output", tmp_path / "s", *CPU))):
+        with exclusive(tmp_path / folder):
+            assert f"{tmp_path / folder}: in use by another process" in refused(main, *words)
+        assert not (tmp_path / folder).exists()
 
 
 def test_model_names_and_weights(refused, tmp_path):
