@@ -26,6 +26,7 @@ from common.checkpoints import atomic_path, file_sha256, load, require_same, sav
 from common.ensemble import load_ensemble
 from common.export import load_exported
 from common.losses import mixture
+from common.operating_point import rates
 from common.training import plain_args
 
 
@@ -72,6 +73,7 @@ class Subject:
         self.classes = record["data"]["classes"] if "data" in record else record["classes"]
         self.view_size = record["data"]["view_size"] if "data" in record else record["view_size"]
         self.data_dir = record["data"]["dir"] if "data" in record else None
+        self.good_class, self.point = record.get("good_class"), record.get("operating_point")  # exported files have one
         self.parameters = record.get("parameters")  # freezing an exported file turned them into constants
         self.sha256 = [file_sha256(file) for file in self.files]
 
@@ -129,6 +131,10 @@ def main():
             for set_name, pictures in sets[subject.view_size].items():
                 probabilities = subject.probabilities(networks, f"{set_name}@{subject.view_size}", pictures, args.batch_size)
                 results[name]["sets"][set_name] = metrics.score(probabilities, pictures.labels)
+                if subject.point:
+                    good = first.classes.index(subject.good_class)
+                    results[name]["sets"][set_name]["operating_point"] = {"threshold": subject.point["threshold"], **rates(
+                        1 - probabilities[:, good].numpy(), (pictures.labels != good).numpy(), subject.point["threshold"])}
                 right[name, set_name] = (probabilities.argmax(1) == pictures.labels).numpy()
         results[name]["mean_accuracy"] = float(np.mean([s["accuracy"] for s in results[name]["sets"].values()]))
     set_names = list(next(iter(sets.values())))
@@ -136,6 +142,7 @@ def main():
         compare(results, right, args.baseline, set_names)
 
     print_table(results, set_names, args.baseline)
+    print_operating_points(results)
     output = Path(args.output)
     save_json({"models": results, "classes": first.classes, "baseline": args.baseline, "args": plain_args(args),
                "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
@@ -188,6 +195,18 @@ def print_table(results, set_names, baseline):
             print(f"{'  ' + set_name:{width}}  {s['accuracy']:.4f} [{low:.4f}, {high:.4f}]  {s['balanced_accuracy']:.4f} "
                   f"{s['macro_f1']:.4f} {s['nll']:6.3f} {s['ece']:6.3f}  {signed(s, name, baseline)}")
     print()
+
+
+def print_operating_points(results):
+    """Miss and false-alarm rates of the exported files at the thresholds they carry."""
+    def rate(r):
+        return f"{r['count']} of {r['n']} ({100 * r['rate']:.1f} % [{100 * r['interval'][0]:.1f}, {100 * r['interval'][1]:.1f}])" if r["n"] else "none there"
+
+    for name, result in results.items():
+        for set_name, s in result["sets"].items():
+            if point := s.get("operating_point"):
+                print(f"{name} on {set_name}, rejecting from {point['threshold']:.4f}: defects missed {rate(point['miss'])}, "
+                      f"false alarms {rate(point['false_alarm'])}")
 
 
 def signed(result, name, baseline):

@@ -28,11 +28,15 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
 
-    def forward(self, pixels):
+    def normalise(self, pixels):
+        """What the backbone sees: pixels at its size, with its mean and spread."""
         if pixels.shape[-1] != self.img_size:
             size = (self.img_size, self.img_size)
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-        return self.backbone((pixels - self.mean) / self.std)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, pixels):
+        return self.backbone(self.normalise(pixels))
 
 
 def check_name(name):
