@@ -32,7 +32,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif",
 MAX_PIXELS = 80_000_000
 FIELDS = ("path", "decision", "class", "probability", "defect_score")
 POLL, SETTLE = 0.1, 2.0  # seconds between two looks at a watched folder; age at which an unreadable file counts as bad
-FULL_HEAT = 6.0  # logits of evidence for a defect over good, at one place, that are drawn in full red
+FULL_HEAT = 6.0  # least logits of evidence for a defect over good, at one place, that are drawn in full red
 
 
 def fail(message):
@@ -167,7 +167,8 @@ class Judge:
         suspects = [c for c in range(len(p)) if c != self.good]
         defect = max(suspects, key=p.__getitem__)
         against = maps[self.good] if self.good is not None else maps.mean(0)
-        heat = ((maps[defect] - against) / FULL_HEAT).clamp(0, 1).numpy()
+        evidence = (maps[defect] - against).clamp(min=0)
+        heat = (evidence / evidence.max().clamp(min=FULL_HEAT)).numpy()  # weak evidence stays pale, strong keeps its contrast
         image = ImageOps.contain(Image.fromarray(picture), (480, 480))
         mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
         image.paste((230, 20, 20), mask=mask)
