@@ -30,7 +30,6 @@ from common.metrics import score
 from common.operating_point import choose_threshold, describe, good_class
 from common.views import batch_plan, recipe_from_record, render
 
-MISS_RATE = 0.05
 STEPS, EMBEDDED_EPOCHS = 1000, 5  # the embedded set's chain must end in 8 minutes on two cores
 
 
@@ -52,8 +51,7 @@ def parse_arguments():
     cli.add_training_flags(p)
     p.add_argument("--good-class", metavar="NAME", help="the class that is no defect (default: good or ok, where there is one)")
     target = p.add_mutually_exclusive_group()
-    target.add_argument("--max-miss-rate", type=cli.open_fraction,
-                        help=f"share of the defects that may pass, for the threshold (default: {MISS_RATE})")
+    target.add_argument("--max-miss-rate", type=cli.open_fraction, default=0.05, help="share of the defects that may pass, for the threshold")
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction, help="share of the good parts that may be rejected, instead")
     p.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
                    help="points of validation accuracy that student.int8.ts may lose; else it is not written")
@@ -139,8 +137,8 @@ def finish(output, train, val, recipe, seed, args):
 
     rng = np.random.default_rng(args.seed)
     some = rng.permutation(len(train))[:args.calibration_pictures]
-    views = [render(train.batch(part, cpu), part, np.ones(len(part), int), seed, recipe)
-             for part in np.array_split(some, -(-len(some) // 32))]
+    views = (render(train.batch(part, cpu), part, np.ones(len(part), int), seed, recipe)
+             for part in np.array_split(some, -(-len(some) // 32)))
     path = output / "student.int8.ts"
     path.unlink(missing_ok=True)
     trunk = int8_trunk(student, views)
@@ -186,7 +184,7 @@ def operating_point(probabilities, labels, good, args):
     defective = (labels != good).numpy()
     if defective.all() or not defective.any():
         return None
-    miss = None if args.max_false_alarm_rate else args.max_miss_rate or MISS_RATE
+    miss = None if args.max_false_alarm_rate else args.max_miss_rate
     return choose_threshold(1 - probabilities[:, good].numpy(), defective, miss, args.max_false_alarm_rate)
 
 

@@ -26,7 +26,7 @@ from common.checkpoints import atomic_path, file_sha256, load, require_same, sav
 from common.ensemble import load_ensemble
 from common.export import load_exported
 from common.losses import mixture
-from common.operating_point import rates
+from common.operating_point import describe_rates, rates
 from common.training import plain_args
 
 
@@ -199,14 +199,10 @@ def print_table(results, set_names, baseline):
 
 def print_operating_points(results):
     """Miss and false-alarm rates of the exported files at the thresholds they carry."""
-    def rate(r):
-        return f"{r['count']} of {r['n']} ({100 * r['rate']:.1f} % [{100 * r['interval'][0]:.1f}, {100 * r['interval'][1]:.1f}])" if r["n"] else "none there"
-
     for name, result in results.items():
         for set_name, s in result["sets"].items():
             if point := s.get("operating_point"):
-                print(f"{name} on {set_name}, rejecting from {point['threshold']:.4f}: defects missed {rate(point['miss'])}, "
-                      f"false alarms {rate(point['false_alarm'])}")
+                print(f"{name} on {set_name}, rejecting from {point['threshold']:.4f}: {describe_rates(point)}")
 
 
 def signed(result, name, baseline):

@@ -69,15 +69,15 @@ def load_student(path, engine="auto"):
             fail(f"--engine {engine}: this torch has {', '.join(engines)}")
         engines = [engine]
     frame = torch.zeros(metadata["view_size"], metadata["view_size"], 3, dtype=torch.uint8)
-    seconds = {}
+    modules, seconds = {}, {}
     for name in engines:
         torch.backends.quantized.engine = name
-        module = _load(path)[0]
-        seconds[name] = min(_timed(module, frame) for _ in range(6))
+        modules[name] = _load(path)[0]
+        seconds[name] = min(_timed(modules[name], frame) for _ in range(6))
     best = min(seconds, key=seconds.get)
     torch.backends.quantized.engine = best
     print(f"int8 engine: {best}", file=sys.stderr)
-    return _load(path)[0], metadata
+    return modules[best], metadata
 
 
 def _load(path):

@@ -70,15 +70,23 @@ def choose_threshold(scores, defective, max_miss_rate=None, max_false_alarm_rate
             "pictures": pictures, "needed": pictures_needed(target)}
 
 
+def describe_rates(point):
+    """What `rates` found, in words."""
+    def rate(name, title):
+        r = point[name]
+        if not r["n"]:
+            return f"none there to be {title}"
+        low, high = r["interval"]
+        return f"{r['count']} of {r['n']} {title} ({100 * r['rate']:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f})"
+
+    return f"{rate('miss', 'defects missed')}, {rate('false_alarm', 'good parts rejected')}"
+
+
 def describe(point, good):
     """A few lines about `choose_threshold`'s result for people; a warning where too few pictures support it."""
-    def rate(name, title):
-        r = point["validation"][name]
-        return f"{r['count']} of {r['n']} {title} ({100 * r['rate']:.1f} %, 95 % interval {100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f})"
-
     (name, target), = point["target"].items()
     lines = [f"threshold {point['threshold']:.4f} on 1 - p({good}), for {name.replace('_', ' ')} {100 * target:g} %; on validation "
-             f"{rate('miss', 'defects missed')}, {rate('false_alarm', 'good parts rejected')}"]
+             f"{describe_rates(point['validation'])}"]
     if point["pictures"] < point["needed"]:
         lines.append(f"warning: {point['pictures']} validation pictures cannot support {100 * target:g} %; {point['needed']} would be needed, "
                      "even with none of them wrong")

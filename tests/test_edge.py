@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import distill
-import infer
 from common import data
 from common.checkpoints import load
 from common.export import load_exported
@@ -86,7 +85,7 @@ def test_mean_of_each_heatmap_is_its_class_logit_up_to_the_bias(edge, tiny):
     assert torch.allclose(torch.softmax(logits, 1), exported(picture), atol=1e-5)
 
 
-def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, tiny, monkeypatch):
+def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, tiny):
     pictures = torch.from_numpy(np.stack([data.read_picture(f) for f in sorted((tiny.data / "test").rglob("*.png"))]))
     before, answers = torch.backends.quantized.engine, {}
     try:
