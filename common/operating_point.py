@@ -10,7 +10,6 @@ import numpy as np
 
 GOOD_NAMES = ("good", "ok")
 Z = 1.959964  # two-sided 95 % of the normal distribution
-HAIR = 1e-6  # below the score that must still be rejected, against rounding on another device
 
 
 def good_class(classes, wanted=None):
@@ -51,9 +50,10 @@ def rates(scores, defective, threshold):
 def choose_threshold(scores, defective, max_miss_rate=None, max_false_alarm_rate=None):
     """The threshold that meets one target on validation pictures and is kindest to the other rate.
 
-    scores: float [N]; defective: bool [N], both kinds present; exactly one target, in (0, 1). For a miss rate that is the
-    highest threshold at which at most that share of the defects scores below it; for a false-alarm rate
-    the lowest at which at most that share of the good parts reaches it. Returns plain data:
+    scores: float [N] in [0, 1]; defective: bool [N], both kinds present; exactly one target, in (0, 1). For a miss rate that is
+    the highest threshold at which at most that share of the defects scores below it; for a false-alarm rate the lowest at
+    which at most that share of the good parts reaches it; each moved to the middle of the gap between two
+    pictures' scores, which changes no decision here and leaves room for rounding on another device. Returns plain data:
     threshold, target, the rates it has on these pictures, pictures and needed (see
     `pictures_needed`) for the kind of picture the target is about.
     """
@@ -62,10 +62,13 @@ def choose_threshold(scores, defective, max_miss_rate=None, max_false_alarm_rate
         raise ValueError("give one of max_miss_rate and max_false_alarm_rate")
     if max_miss_rate is not None:
         name, target, rising = "max_miss_rate", max_miss_rate, np.sort(scores[defective])
-        threshold, pictures = rising[int(max_miss_rate * len(rising))] - HAIR, len(rising)
+        reject, pictures = rising[int(max_miss_rate * len(rising))], len(rising)  # the mildest score to be rejected
+        let_pass = scores[scores < reject].max(initial=0.0)
     else:
         name, target, falling = "max_false_alarm_rate", max_false_alarm_rate, np.sort(scores[~defective])[::-1]
-        threshold, pictures = falling[int(max_false_alarm_rate * len(falling))] + HAIR, len(falling)
+        let_pass, pictures = falling[int(max_false_alarm_rate * len(falling))], len(falling)  # the worst score to pass
+        reject = scores[scores > let_pass].min(initial=1.0 + 1e-6)  # above 1 where even a score of 1 is to pass
+    threshold = (let_pass + reject) / 2
     return {"threshold": float(threshold), "target": {name: target}, "validation": rates(scores, defective, threshold),
             "pictures": pictures, "needed": pictures_needed(target)}
 

@@ -25,18 +25,18 @@ SCORES = np.array([0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.05])
 DEFECTIVE = np.array([True, True, True, True, False, False, False, False])
 
 
-def test_a_miss_rate_target_gives_the_highest_threshold_that_keeps_it():
+def test_a_miss_rate_target_gives_the_middle_of_the_highest_gap_that_keeps_it():
     strict = choose_threshold(SCORES, DEFECTIVE, max_miss_rate=0.1)  # none of four may pass
-    assert strict["threshold"] == pytest.approx(0.3, abs=1e-5) and strict["threshold"] < 0.3
+    assert strict["threshold"] == pytest.approx(0.25)  # between the good part at 0.2 and the defect at 0.3
     assert strict["validation"]["miss"]["count"] == 0 and strict["validation"]["false_alarm"]["count"] == 1
     loose = choose_threshold(SCORES, DEFECTIVE, max_miss_rate=0.25)  # one of four may
-    assert loose["threshold"] == pytest.approx(0.7, abs=1e-5)
+    assert loose["threshold"] == pytest.approx(0.65)  # between the good part at 0.6 and the second defect at 0.7
     assert loose["validation"]["miss"]["count"] == 1 and loose["validation"]["false_alarm"]["count"] == 0
 
 
-def test_a_false_alarm_target_gives_the_lowest_threshold_that_keeps_it():
+def test_a_false_alarm_target_gives_the_middle_of_the_lowest_gap_that_keeps_it():
     point = choose_threshold(SCORES, DEFECTIVE, max_false_alarm_rate=0.25)
-    assert point["threshold"] == pytest.approx(0.2, abs=1e-5) and point["threshold"] > 0.2
+    assert point["threshold"] == pytest.approx(0.25)  # between the good part at 0.2 and the defect at 0.3
     assert point["validation"]["false_alarm"]["count"] == 1 and point["validation"]["miss"]["count"] == 0
 
 
