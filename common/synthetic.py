@@ -34,20 +34,20 @@ from tqdm import tqdm
 
 CLASSES = ("bent", "good", "head_chipped", "rusted", "scratched", "thread_damaged")
 SIZE = 96  # side of a finished picture, px
-VERSION = 1  # raise it with every change of the drawing; the constants below are compared by themselves
-SEED = 20261123
+VERSION = 2  # raise it with every change of the drawing; the constants below are compared by themselves
+SEED = 20261124
 
 # Pictures per class: few labels and many unlabelled pictures, as a factory has them.  The unlabelled
 # pool has no class folders and holds the classes in equal shares.
-PER_CLASS = {"train": 40, "val": 40, "test": 150, "test_shifted": 150, "unlabelled": 400}
-SHIFTED_SHARE = {"test_shifted": 1.0, "unlabelled": 0.25}  # share from the second line; others 0
+PER_CLASS = {"train": 18, "val": 18, "test": 150, "test_shifted": 150, "unlabelled": 350}
+SHIFTED_SHARE = {"test_shifted": 1.0, "unlabelled": 0.5}  # share from the second line; others 0
 
 # Difficulty.  Each defect draws s uniformly from STRENGTH; s = 0 gives the first, s = 1 the second
 # number of its range below.  A lower STRENGTH[0] makes a longer tail of faint defects.
-STRENGTH = (0.0, 1.0)
+STRENGTH = (0.25, 1.0)
 BEND_ANGLE = (32.0, 65.0)  # degrees between the two ends of the shaft
-CHIP_SIZE = (0.95, 1.3)  # reach of the break into the head, of the radius of the head
-RUST_AREA = (0.16, 0.36)  # of the visible part
+CHIP_SIZE = (0.95, 1.15)  # reach of the break into the head, of the radius of the head
+RUST_AREA = (0.2, 0.4)  # of the visible part
 SCRATCH_WIDTH = (0.08, 0.125)  # half-frames; 0.021 is one finished pixel
 THREAD_SHARE = (0.8, 1.0)  # length of the damaged stretch, of the threaded length
 
@@ -56,7 +56,7 @@ PIXEL = 2.0 / RENDER
 JPEG_QUALITY = 92
 MARKER = "synthetic.json"
 
-KINDS = ("hex_bolt", "socket_cap", "countersunk", "pan_head")
+KINDS = ("hex_bolt", "socket_cap", "pan_head")
 FINISHES = (  # albedo; shares of diffuse and of mirror-like reflection; roughness
     ((0.62, 0.63, 0.65), 0.30, 1.00, 0.20),  # bright steel
     ((0.44, 0.44, 0.45), 0.60, 0.55, 0.45),  # dull grey steel
@@ -287,7 +287,7 @@ def scratch(part: Part, x, y, rng, s: float) -> np.ndarray:
         reach = part.head_radius if along > 0 else part.shaft_radius
         line = stroke(
             x, y, (along, rng.uniform(-0.5, 0.5) * reach), angle + rng.normal(0, 0.25),
-            rng.uniform(0.4, 0.9) * total, lerp(SCRATCH_WIDTH, s), rng.uniform(-0.25, 0.25),
+            rng.uniform(0.5, 0.95) * total, lerp(SCRATCH_WIDTH, s), rng.uniform(-0.25, 0.25),
         )  # fmt: skip
         groove = np.maximum(groove, line)
     return groove
@@ -422,10 +422,10 @@ def sample_lighting(rng, shifted: bool) -> Lighting:
     """Two or three lamps; the second line has lower and colder ones."""
     count = rng.integers(2, 4)
     azimuth = rng.uniform(0, 2 * math.pi, count)
-    elevation = rng.uniform(0.3, 0.7, count) if shifted else rng.uniform(0.5, 1.2, count)
+    elevation = rng.uniform(0.35, 0.8, count) if shifted else rng.uniform(0.5, 1.2, count)
     flat = np.cos(elevation)
     directions = np.stack([np.cos(azimuth) * flat, np.sin(azimuth) * flat, np.sin(elevation)], 1)
-    warmth = rng.uniform(-0.28, 0.0) if shifted else rng.uniform(-0.1, 0.22)
+    warmth = rng.uniform(-0.2, 0.0) if shifted else rng.uniform(-0.1, 0.22)
     colour = np.array([1 + warmth, 1, 1 - warmth]) * rng.uniform(0.8, 1.2)
     power = np.array([1.0, *rng.uniform(0.25, 0.6, count - 1)])
     turn = rng.uniform(0, 2 * math.pi)
@@ -490,10 +490,9 @@ def draw_part(part: Part, light: Lighting, class_name: str, nuisance, rng):
     if class_name == "scratched":
         groove = scratch(part, x, y, rng, s)
         relief = relief - 0.7 * lerp(SCRATCH_WIDTH, s) * groove
-        # Bare metal is bright on a dark finish; dirt has filled most grooves in a bright one.
-        bright = rng.uniform() < (1.0 if part.finish[0].max() < 0.3 else 0.3)
-        albedo = mix(albedo, 0.9 if bright else 0.03, 0.9 * groove[:, None])
-        gloss = gloss * (1.0 - 0.6 * groove)
+        # Bare metal is bright on a dark finish; dirt has filled the groove in a bright one.
+        albedo = mix(albedo, 0.9 if part.finish[0].max() < 0.3 else 0.03, 0.9 * groove[:, None])
+        gloss = gloss * (1.0 - 0.85 * groove)
     elif class_name == "rusted":
         weight, grain = rust(pixels, rng, s), value_noise(rng, 72).flat[pixels]
         relief = relief + 0.012 * weight * (1.0 + grain)
@@ -501,8 +500,9 @@ def draw_part(part: Part, light: Lighting, class_name: str, nuisance, rng):
         crust = mix(np.array([0.16, 0.07, 0.04], "f4"), orange, np.clip(0.5 + 0.35 * grain, 0, 1)[:, None])
         albedo = mix(albedo, crust, 0.93 * weight[:, None])
         gloss = gloss * (1.0 - 0.95 * weight)
-    elif class_name == "head_chipped":  # the break shows bare, grainy metal below the finish
-        albedo = mix(albedo, np.clip(0.62 + 0.22 * fine, 0.1, 1.0)[:, None], 0.9 * broken[:, None])
+    elif class_name == "head_chipped":  # the break shows grainy metal, paler than a dark finish, darker than a bright one
+        grain = (0.75 if part.finish[0].max() < 0.5 else 0.16) * np.clip(1.0 + 0.4 * fine, 0.2, 1.3)
+        albedo = mix(albedo, grain[:, None], 0.9 * broken[:, None])
         gloss = np.where(broken, 0.2, gloss).astype(np.float32)
         relief = relief + 0.004 * fine * broken
     for weight, colour, loss in sample_marks(part, x, y, pixels, nuisance):
@@ -534,18 +534,18 @@ def sample_marks(part: Part, x, y, pixels, rng) -> list[tuple[np.ndarray, np.nda
         return rng.uniform(-part.shaft_length, part.head_height), rng.uniform(-1, 1) * part.shaft_radius
 
     marks = []
-    if rng.uniform() < 0.3:  # a smudge of oil: dark, see-through, without an edge
+    if rng.uniform() < 0.15:  # a smudge of oil: dark, see-through, without an edge
         smudge = 0.4 * smoothstep(0.5, 2.0, fractal_noise(rng, 4).flat[pixels])
         marks.append((smudge, sample_colour(rng, 0.03, 0.15), 0.5))
-    if rng.uniform() < 0.3:  # the faint rim of a dried drop of water
+    if rng.uniform() < 0.15:  # the faint rim of a dried drop of water
         centre, radius = spot(), rng.uniform(0.06, 0.2)
         rim = np.exp(-np.square((np.hypot(x - centre[0], y - centre[1]) - radius) / 0.02))
         marks.append((0.2 * rim, np.full(3, 0.6, "f4"), 0.3))
-    if rng.uniform() < 0.15:  # a dab of a paint marker: short, broad and coloured, unlike a scratch
+    if rng.uniform() < 0.1:  # a dab of a paint marker: short, broad and coloured, unlike a scratch
         length, width = rng.uniform(0.12, 0.3), rng.uniform(0.05, 0.09)
         dab = stroke(x, y, spot(), rng.uniform(0, math.pi), length, width)
         marks.append((0.8 * smoothstep(0.3, 0.6, dab), sample_colour(rng, 0.1, 0.7), 0.7))
-    if rng.uniform() < 0.4:  # specks of dirt
+    if rng.uniform() < 0.25:  # specks of dirt
         specks = 0.7 * smoothstep(2.3, 2.8, value_noise(rng, 60).flat[pixels])
         marks.append((specks, sample_colour(rng, 0.03, 0.2), 0.8))
     return marks
@@ -606,14 +606,14 @@ def shadow(coverage, light: Lighting, rng) -> np.ndarray:
 
 def photograph(image, rng, shifted: bool) -> np.ndarray:
     """White balance, exposure, vignetting, tone curve, lens and noise: linear [S, S, 3] to uint8."""
-    balance = rng.uniform((0.84, 0.95, 0.98), (1.0, 1.08, 1.2)) if shifted else rng.uniform(0.92, 1.08, 3)
+    balance = rng.uniform((0.87, 0.95, 0.98), (1.0, 1.07, 1.16)) if shifted else rng.uniform(0.92, 1.08, 3)
     vignette = rng.uniform(0.1, 0.25) if shifted else rng.uniform(0.0, 0.12)
     exposure = 1.6 * rng.uniform(0.75, 1.15) * (1.0 - vignette * (SCENE_X**2 + SCENE_Y**2))
     image = image * exposure[..., None] * balance.astype(np.float32)
     encoded = np.sqrt(1.0 - np.exp(-image))  # a soft shoulder instead of clipping, then gamma 2
-    lens = ImageFilter.GaussianBlur(rng.uniform(0.5, 0.9) if shifted else rng.uniform(0.0, 0.55))
+    lens = ImageFilter.GaussianBlur(rng.uniform(0.4, 0.8) if shifted else rng.uniform(0.0, 0.55))
     picture = Image.fromarray((encoded * 255).astype(np.uint8)).filter(lens)
-    sigma = rng.uniform(4, 8) if shifted else rng.uniform(0.7, 3.5)  # of 255, in each channel and in all
+    sigma = rng.uniform(3, 6) if shifted else rng.uniform(0.7, 3.5)  # of 255, in each channel and in all
     noise = sigma * (rng.standard_normal((SIZE, SIZE, 3), "f4") + rng.standard_normal((SIZE, SIZE, 1), "f4"))
     return np.clip(np.asarray(picture) + noise + 0.5, 0, 255).astype(np.uint8)
 
