@@ -24,13 +24,13 @@ import torch
 from common import cli, data, models, training
 from common.checkpoints import exclusive, file_sha256, require_same
 from common.ensemble import load_ensemble, open_views, soft_targets
-from common.export import export, float_trunk, int8_trunk
+from common.export import Bfloat16Trunk, export, float_trunk, int8_trunk
 from common.losses import distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.operating_point import choose_threshold, describe, good_class
 from common.views import batch_plan, recipe_from_record, render
 
-STEPS, EMBEDDED_EPOCHS = 1000, 5  # the embedded set's chain must end in 8 minutes on two cores
+STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain must end in 8 minutes on two cores
 
 
 def parse_arguments():
@@ -55,6 +55,7 @@ def parse_arguments():
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction, help="share of the good parts that may be rejected, instead")
     p.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
                    help="points of validation accuracy that student.int8.ts may lose; else it is not written")
+    p.add_argument("--bfloat16", action="store_true", help="also write student.bf16.ts, for devices where int8 does not fit")
     p.add_argument("--calibration-pictures", type=cli.positive_int, default=512, help="training views the int8 ranges are measured on")
     p.add_argument("--seed", type=cli.natural, default=0, help="of initialisation and order; the views are the ensemble's")
     p.add_argument("--output", default="runs/student", help="run folder to write")
@@ -131,9 +132,17 @@ def finish(output, train, val, recipe, seed, args):
     """Write the best student as student.ts and, where that loses little, as int8: each calibrated on validation."""
     cpu = torch.device("cpu")
     student, state = models.load_model(output / "best.pt", cpu)
+
+    def answers(trunk):
+        return models.predict(logits_of(student, trunk), val, cpu)
+
     trunk = float_trunk(student)
-    float_logits = models.predict(logits_of(student, trunk), val, cpu)
+    float_logits = answers(trunk)
     deploy(student, trunk, float_logits, val.labels, state, args, output / "student.ts", {"precision": "float32"})
+    (output / "student.bf16.ts").unlink(missing_ok=True)
+    if args.bfloat16:
+        trunk = Bfloat16Trunk(student)
+        deploy(student, trunk, answers(trunk), val.labels, state, args, output / "student.bf16.ts", {"precision": "bfloat16"})
 
     rng = np.random.default_rng(args.seed)
     some = rng.permutation(len(train))[:args.calibration_pictures]
@@ -142,13 +151,14 @@ def finish(output, train, val, recipe, seed, args):
     path = output / "student.int8.ts"
     path.unlink(missing_ok=True)
     trunk = int8_trunk(student, views)
-    int8_logits = models.predict(logits_of(student, trunk), val, cpu)
+    int8_logits = answers(trunk)
     float_class, int8_class = float_logits.argmax(1), int8_logits.argmax(1)
     disagreement = float((int8_class != float_class).float().mean())
     drop = 100 * float((float_class == val.labels).float().mean() - (int8_class == val.labels).float().mean())
     print(f"int8: {drop:+.1f} points of val accuracy lost, {100 * disagreement:.1f} % of val decisions differ")
     if drop > args.max_int8_drop:
-        print(f"{path} not written: more than --max-int8-drop {args.max_int8_drop} points; try more --calibration-pictures, or allow a larger drop")
+        print(f"{path} not written: more than --max-int8-drop {args.max_int8_drop} points; try more --calibration-pictures, "
+              "allow a larger drop, or take --bfloat16")
         return
     deploy(student, trunk, int8_logits, val.labels, state, args, path,
            {"precision": "int8", "int8_drop": drop, "int8_disagreement": disagreement, "calibration_pictures": len(some)})

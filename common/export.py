@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx.experimental.optimization import fuse
 
 from common.checkpoints import SCHEMA, atomic_path, versions
 from common.cli import UserError
@@ -67,6 +68,18 @@ class Deployed(nn.Module):
 def float_trunk(classifier):
     """The layers of a ResNet18 `Classifier` up to its last features."""
     return nn.Sequential(*list(classifier.backbone.children())[:-2])
+
+
+class Bfloat16Trunk(nn.Module):
+    """`float_trunk` in bfloat16: half the size; fast where the processor computes in it (AMX, AVX512-BF16, newer ARM)."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        # Norms go into the convolutions first, in float32: bfloat16 has 8 bits of precision to lose only once.
+        self.layers = fuse(float_trunk(classifier).cpu().eval()).bfloat16()
+
+    def forward(self, pixels):
+        return self.layers(pixels.bfloat16()).float()
 
 
 def int8_trunk(classifier, batches):

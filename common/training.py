@@ -18,7 +18,7 @@ from common.models import autocast, predict
 
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "cache_dir", "output", "data_dir", "unlabelled", "model", "weights",
-                  "good_class", "max_miss_rate", "max_false_alarm_rate", "max_int8_drop", "calibration_pictures"}  # the last five: export
+                  "good_class", "max_miss_rate", "max_false_alarm_rate", "max_int8_drop", "bfloat16", "calibration_pictures"}  # the last six: export
 
 
 def default_epochs(steps, steps_per_epoch):
@@ -68,7 +68,7 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
         first_epoch, best, history = state["epoch"], state["best"], state["history"]
         print(f"resuming {folder} after epoch {first_epoch}")
     else:
-        for name in ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts"):
+        for name in ("last.pt", "best.pt", "log.csv", "student.ts", "student.bf16.ts", "student.int8.ts"):
             (folder / name).unlink(missing_ok=True)
 
     start = time.perf_counter()

@@ -60,18 +60,19 @@ def edge(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tiny.root)
         assert call(distill.main, "--epochs", 8, "-b", 16, "--good-class", "level", "--max-int8-drop", 20,
-                    "--output", output, "--device", "cpu") == 0
+                    "--bfloat16", "--output", output, "--device", "cpu") == 0
     return output
 
 
 def test_files_say_what_they_are(edge):
-    for name, precision in (("student.ts", "float32"), ("student.int8.ts", "int8")):
+    for name, precision in (("student.ts", "float32"), ("student.bf16.ts", "bfloat16"), ("student.int8.ts", "int8")):
         metadata = load_exported(edge / name)[1]
         assert metadata["precision"] == precision and metadata["good_class"] == "level"
         point = metadata["operating_point"]
         assert point["target"] == {"max_miss_rate": 0.05} and point["needed"] == 59
         assert point["validation"]["miss"]["rate"] <= 0.05
     assert metadata["weights_sha256"] == load(edge / "best.pt")["weights_sha256"]
+    assert (edge / "student.bf16.ts").stat().st_size < 0.55 * (edge / "student.ts").stat().st_size
     assert (edge / "student.int8.ts").stat().st_size < 0.3 * (edge / "student.ts").stat().st_size
 
 
@@ -83,6 +84,12 @@ def test_mean_of_each_heatmap_is_its_class_logit_up_to_the_bias(edge, tiny):
     assert torch.equal(probabilities.argmax(1), exported(picture).argmax(1))
     logits = maps.mean((2, 3)) + model.backbone.fc.bias / metadata["temperature"]
     assert torch.allclose(torch.softmax(logits, 1), exported(picture), atol=1e-5)
+
+
+def test_bfloat16_answers_as_float32_does_within_its_precision(edge, tiny):
+    pictures = torch.from_numpy(np.stack([data.read_picture(f) for f in sorted((tiny.data / "test").rglob("*.png"))]))
+    expected, found = (load_exported(edge / name)[0](pictures) for name in ("student.ts", "student.bf16.ts"))
+    assert 0 < (expected - found).abs().max() < 0.1
 
 
 def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, tiny):
