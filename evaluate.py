@@ -6,13 +6,16 @@
 
 Reads   models: best.pt of a teacher or student, a folder of build_ensemble.py, a student.ts
         test sets: DIR/test*/<class>/*, or the folders named with --test-dirs
-Writes  runs/report/metrics.json   every number of the table, confusion matrices, provenance
-        runs/report/confusion.txt  the confusion matrices to read
+Writes  runs/report/report.html      the page to look at: answer, tables, figures, mistakes, audit; one file, no network
+        runs/report/metrics.json     every number on it, confusion matrices, provenance
+        runs/report/metrics.csv      a row per model and test set, for spreadsheets
+        runs/report/confusion.txt    the confusion matrices to read
 
 The headline is the mean accuracy over the test sets. Brackets are 95 % bootstrap intervals over test
 pictures; they do not hold the spread between training runs: train with several seeds for that.
 """
 
+import csv
 import statistics
 import time
 from pathlib import Path
@@ -21,13 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, data, metrics, models
+from common import audit, cli, data, metrics, models, report
 from common.checkpoints import atomic_path, file_sha256, load, require_same, save_json, versions
 from common.ensemble import load_ensemble
 from common.export import load_exported
 from common.losses import mixture
 from common.operating_point import describe_rates, rates
 from common.training import plain_args
+from infer import overlay
 
 
 def parse_arguments():
@@ -72,7 +76,9 @@ class Subject:
             self.kind, self.files = record["kind"], [self.path]
         self.classes = record["data"]["classes"] if "data" in record else record["classes"]
         self.view_size = record["data"]["view_size"] if "data" in record else record["view_size"]
-        self.data_dir = record["data"]["dir"] if "data" in record else None
+        self.data_record = record.get("data")  # an exported file does not say where its pictures were
+        self.made_from = {key: record[key] for key in ("ensemble_sha256", "checkpoint_sha256", "data_fingerprint", "versions", "args", "data", "teachers")
+                          if key in record}
         self.good_class, self.point = record.get("good_class"), record.get("operating_point")  # exported files have one
         self.parameters = record.get("parameters")  # freezing an exported file turned them into constants
         self.sha256 = [file_sha256(file) for file in self.files]
@@ -117,40 +123,112 @@ def main():
     for name, subject in subjects.items():
         require_same({"classes": first.classes}, {"classes": subject.classes}, f"{name} against {names[0]}",
                      "models are compared on the same classes")
-    known = [subject.data_dir for subject in subjects.values() if subject.data_dir]  # an exported file does not say
-    folders = args.test_dirs or find_test_sets(args.data_dir or (known or [data.EMBEDDED])[0])
+    known = next((subject.data_record for subject in subjects.values() if subject.data_record), None)
+    folders = args.test_dirs or find_test_sets(args.data_dir or (known["dir"] if known else data.EMBEDDED))
     with watch("pictures"):
         sets = {side: data.open_test_sets(folders, side, first.classes, args)
                 for side in sorted({subject.view_size for subject in subjects.values()})}
 
-    results, right = {}, {}
+    with watch("audit"):
+        audited, audited_sets = audit_with_training(known, sets[first.view_size], args)
+        audit_lines = audit.describe(audited, first.classes, known["group_regex"]) if audited else []
+        for line in audit_lines:
+            print(f"audit: {line}")
+
+    results, answers = {}, {}
     for name, subject in tqdm(subjects.items(), "evaluating", disable=None, leave=False):
         with watch("models"):
             networks = subject.load()
-            results[name] = {"kind": subject.kind, "sha256": subject.sha256, "sets": {}, **subject.cost(networks)}
+            results[name] = {"kind": subject.kind, "sha256": subject.sha256, "made_from": subject.made_from, "sets": {}, **subject.cost(networks)}
             for set_name, pictures in sets[subject.view_size].items():
                 probabilities = subject.probabilities(networks, f"{set_name}@{subject.view_size}", pictures, args.batch_size)
                 results[name]["sets"][set_name] = metrics.score(probabilities, pictures.labels)
                 if subject.point:
                     good = first.classes.index(subject.good_class)
-                    results[name]["sets"][set_name]["operating_point"] = {"threshold": subject.point["threshold"], **rates(
+                    results[name]["sets"][set_name]["operating_point"] = {"threshold": subject.point["threshold"], "target": subject.point["target"], **rates(
                         1 - probabilities[:, good].numpy(), (pictures.labels != good).numpy(), subject.point["threshold"])}
-                right[name, set_name] = (probabilities.argmax(1) == pictures.labels).numpy()
+                answers[name, set_name] = probabilities.numpy()
         results[name]["mean_accuracy"] = float(np.mean([s["accuracy"] for s in results[name]["sets"].values()]))
-    set_names = list(next(iter(sets.values())))
+    pictures = sets[first.view_size]
     if args.baseline:
-        compare(results, right, args.baseline, set_names)
+        compare(results, answers, args.baseline, pictures)
 
-    print_table(results, set_names, args.baseline)
+    print_table(results, list(pictures), args.baseline)
     print_operating_points(results)
     output = Path(args.output)
-    save_json({"models": results, "classes": first.classes, "baseline": args.baseline, "args": plain_args(args),
-               "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
-               "test_sets": {name: {"folder": str(pictures.packs[0].folder), "fingerprint": pictures.packs[0].fingerprint}
-                             for name, pictures in sets[first.view_size].items()}}, output / "metrics.json")
+    findings = {"models": results, "classes": first.classes, "baseline": args.baseline, "args": plain_args(args), "audit": audited,
+                "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
+                "test_sets": {name: {"folder": str(each.packs[0].folder), "fingerprint": each.packs[0].fingerprint}
+                              for name, each in pictures.items()}}
+    save_json(findings, output / "metrics.json")
+    write_csv(results, output / "metrics.csv")
     write_confusions(results, first.classes, output / "confusion.txt")
-    print(f"{output / 'metrics.json'}, {output / 'confusion.txt'}")
+    with watch("report"):
+        write_report(findings, subjects, answers, pictures, audited_sets, audit_lines, output / "report.html")
+    print(f"{output / 'report.html'}, metrics.json, metrics.csv, confusion.txt")
     print(watch)
+
+
+def audit_with_training(record, tests, args):
+    """(findings, {set: Pictures}) of the test sets against what the models were trained on; (None, {}) where that cannot be had."""
+    if record is None:
+        print("audit: left out, since an exported file does not say which pictures it was trained on; name its best.pt as well")
+        return None, {}
+    try:
+        train, val, _ = data.open_training_data({**record, **({"dir": args.data_dir} if args.data_dir and not args.test_dirs else {})}, args)
+    except cli.UserError as error:
+        print(f"audit: left out, since the training pictures are not here as they were ({error})")
+        return None, {}
+    sets = {"train": train, "val": val, **tests}
+    return audit.audit(sets, args.cache_dir), sets
+
+
+def write_report(findings, subjects, answers, pictures, audited_sets, audit_lines, path):
+    """Gather what report.html shows beside the content of metrics.json, and write it."""
+    students = [name for name, subject in subjects.items() if subject.kind in ("exported", "student") and name != findings["baseline"]]
+    shown = next((name for name in students if subjects[name].kind == "exported"), (students or list(subjects))[0])
+    good, heatmaps, classes = subjects[shown].good_class, {}, findings["classes"]
+    if subjects[shown].kind == "exported":
+        module = load_exported(subjects[shown].path)[0]
+        for name, each in pictures.items():
+            heatmaps[name] = {int(i): heatmap(module, each.batch([i])[0], classes.index(good) if good else None)
+                              for i in report.worst_mistakes(answers[shown, name], each.labels.numpy())}
+    copies = [(c, *(audited_sets[c[of]].batch([c[row]])[0].numpy() for of, row in (("set", "row"), ("of_set", "of_row"))))
+              for c in (findings["audit"] or {"copies": []})["copies"][:report.WORST]]
+    teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
+    suspicions = [({**s, "picture": each.path(s["row"]), "label": classes[s["label"]], "suggested": classes[s["suggested"]]}, each.batch([s["row"]])[0].numpy())
+                  for name, each in pictures.items()
+                  for s in audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())[:report.WORST]]
+    report.write({**findings, "answers": answers, "pictures": pictures, "heatmaps": heatmaps, "shown": shown, "good_class": good,
+                  "curves": {name: read_log(subject.path.parent / "log.csv") for name, subject in subjects.items() if subject.path.name == "best.pt"},
+                  "audit_lines": audit_lines, "copies": copies, "suspicions": suspicions}, path)
+
+
+@torch.inference_mode()
+def heatmap(module, picture, good):
+    """infer.py's overlay as uint8 [H, W, 3] for a uint8 picture [S, S, 3]."""
+    probabilities, maps = module.explain(picture)
+    return np.asarray(overlay(picture.numpy(), maps[0], probabilities[0].tolist(), good)[0])
+
+
+def read_log(path):
+    """The rows of a training curve, none where there is no such file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+
+
+def write_csv(results, path):
+    """A row per model and test set. A leading = + - @ would be run as a formula by spreadsheets, so a quote goes before it."""
+    def cell(value):
+        return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
+
+    keys = ("n", "accuracy", "balanced_accuracy", "macro_f1", "nll", "ece")
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "set", *keys, "low", "high", "minus_baseline"))
+        for name, result in results.items():
+            for set_name, s in result["sets"].items():
+                writer.writerow([cell(name), cell(set_name), *(s[key] for key in keys), *s["accuracy_interval"],
+                                 s.get("minus_baseline", {}).get("difference", "")])
 
 
 def find_models():
@@ -166,14 +244,16 @@ def find_models():
 
 
 def find_test_sets(data_dir):
-    folders = sorted(path for path in data.data_folder(data_dir).glob("test*") if path.is_dir())
+    folders = data.test_folders(data.data_folder(data_dir))
     if not folders:
         raise cli.UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")
     return folders
 
 
-def compare(results, right, baseline, set_names):
+def compare(results, answers, baseline, pictures):
     """Add to each model its paired differences to the baseline, per set and in the mean over sets."""
+    set_names = list(pictures)
+    right = {(name, s): answers[name, s].argmax(1) == pictures[s].labels.numpy() for name in results for s in set_names}
     for name, result in results.items():
         for set_name in set_names:
             result["sets"][set_name]["minus_baseline"] = metrics.difference([right[name, set_name]], [right[baseline, set_name]])

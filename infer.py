@@ -163,21 +163,28 @@ class Judge:
         return "REJECT" if score >= high else "REVIEW" if score >= low else "PASS"
 
     def draw(self, verdict, picture, maps, p):
-        """Write the picture with red where the likeliest defect's evidence is, compared with the good class."""
-        suspects = [c for c in range(len(p)) if c != self.good]
-        defect = max(suspects, key=p.__getitem__)
-        against = maps[self.good] if self.good is not None else maps.mean(0)
-        evidence = (maps[defect] - against).clamp(min=0)
-        heat = (evidence / evidence.max().clamp(min=FULL_HEAT)).numpy()  # weak evidence stays pale, strong keeps its contrast
-        image = ImageOps.contain(Image.fromarray(picture), (480, 480))
-        mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
-        image.paste((230, 20, 20), mask=mask)
+        """Write the overlay of the likeliest defect, with a line that says what was decided."""
+        image, defect = overlay(picture, maps, p, self.good)
         sheet = Image.new("RGB", (image.width, image.height + 18), "white")
         sheet.paste(image, (0, 18))
         text = f"{verdict['decision'] or ''} {verdict['class']} {verdict['probability']:.2f}; red: {self.classes[defect]}"
         ImageDraw.Draw(sheet).text((3, 3), text.strip(), fill="black")
         name = "_".join(Path(verdict["path"]).parts[-2:]).replace("/", "_").replace("\\", "_")
         sheet.save(Path(self.heatmap) / (Path(name).stem + ".jpg"), quality=90)
+
+
+def overlay(picture, maps, p, good):
+    """(image, class number): the picture with red where the likeliest defect's evidence is, compared with the good class.
+
+    picture: uint8 [H, W, 3]; maps: float [K, h, w] and p: K probabilities, from the student's `explain`; good: its number or None.
+    """
+    defect = max((c for c in range(len(p)) if c != good), key=p.__getitem__)
+    evidence = (maps[defect] - (maps[good] if good is not None else maps.mean(0))).clamp(min=0)
+    heat = (evidence / evidence.max().clamp(min=FULL_HEAT)).numpy()  # weak evidence stays pale, strong keeps its contrast
+    image = ImageOps.contain(Image.fromarray(picture), (480, 480))
+    mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    image.paste((230, 20, 20), mask=mask)
+    return image, defect
 
 
 def printer(form):

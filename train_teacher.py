@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import cli, data, models, training
+from common import audit, cli, data, models, training
 from common.checkpoints import exclusive
 from common.views import ViewRecipe, batch_plan, render
 
 STEPS = 600
+EMBEDDED = {"levit_conv_128s": 300, "resnet10t": 900}  # steps on the embedded set: what pays most within its 8 minutes
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
-    p.add_argument("--model", nargs="+", default=["levit_conv_128s", "resnet10t"], metavar="NAME",
+    p.add_argument("--model", nargs="+", default=list(EMBEDDED), metavar="NAME",
                    help="timm classifiers, trained one after the other")
     p.add_argument("--data-dir", default=data.EMBEDDED, help="folder with train/ and optionally val/ and test*/; "
                    "the default is drawn on first use")
@@ -36,7 +37,8 @@ def parse_arguments():
     p.add_argument("--view-size", type=cli.positive_int, help="side in px at which pictures are stored and views are made "
                    "(default: 224, or the pictures' own size where that is less; 64 for the embedded set)")
     p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
-    p.add_argument("--epochs", type=cli.positive_int, help=f"passes over the training pictures (default: as many as make {STEPS} steps)")
+    p.add_argument("--epochs", type=cli.positive_int, nargs="+", metavar="N", help="passes over the training pictures, one number for all models "
+                   f"or one for each (default: as many as make {STEPS} steps)")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
     p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
@@ -53,6 +55,7 @@ def parse_arguments():
                    help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
     p.add_argument("--seed", type=cli.natural, default=0, help="of initialisation, order and views")
     p.add_argument("--output", default="runs", help="folder for the run folders")
+    cli.add_leak_flags(p)
     cli.add_data_flags(p)
     cli.add_device_flag(p)
     return p.parse_args()
@@ -64,6 +67,10 @@ def main():
     weights = args.weights or [None] * len(args.model)
     if len(weights) != len(args.model):
         raise cli.UserError(f"--weights names {len(weights)} files for {len(args.model)} models; give one for each")
+    if len(set(args.model)) < len(args.model):
+        raise cli.UserError("--model: each name once; for two runs of one model use two --output folders")
+    if args.epochs and len(args.epochs) not in (1, len(args.model)):
+        raise cli.UserError(f"--epochs names {len(args.epochs)} numbers for {len(args.model)} models; give one, or one for each")
     for name, file in zip(args.model, weights):
         models.check_name(name)
         if file is not None and not Path(file).is_file():
@@ -84,14 +91,19 @@ def train_all(weights, recipe, args, watch):
         view_size = args.view_size or data.default_view_size(folder)
         train, val, record = data.open_training_data(
             {"dir": str(folder), "view_size": view_size, "val_fraction": args.val_fraction,
-             "split_seed": args.split_seed, "group_regex": args.group_regex}, args)
+             "split_seed": args.split_seed, "group_regex": args.group_regex, "drop_leaks": args.drop_leaks}, args)
     print(f"{folder}: {len(train)} training and {len(val)} validation pictures at {view_size} px, "
-          f"classes {', '.join(record['classes'])}")
-    for name, file in zip(args.model, weights):
-        train_one(name, file, train, val, record, recipe, args, device, watch)
+          f"classes {', '.join(record['classes'])}" + (f"; {len(record['dropped'])} left out for --drop-leaks" if args.drop_leaks else ""))
+    with watch("audit"):
+        audit.check(train, val, record, args)
+    steps = -(-len(train) // args.batch_size)
+    embedded = Path(record["dir"]) == Path(data.EMBEDDED)
+    epochs = args.epochs or [training.default_epochs(EMBEDDED.get(name, STEPS) if embedded else STEPS, steps) for name in args.model]
+    for name, file, args.epochs in zip(args.model, weights, epochs * (len(args.model) if len(epochs) == 1 else 1)):
+        train_one(name, file, train, val, record, recipe, steps, args, device, watch)
 
 
-def train_one(name, weights, train, val, data_record, recipe, args, device, watch):
+def train_one(name, weights, train, val, data_record, recipe, steps, args, device, watch):
     """Train one teacher and write its run folder."""
     torch.manual_seed(args.seed)
     classes, img_size = data_record["classes"], args.img_size or data_record["view_size"]
@@ -111,8 +123,6 @@ def train_one(name, weights, train, val, data_record, recipe, args, device, watc
         each = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing, reduction="none")
         return (class_weights[labels] * each).mean()
 
-    steps = -(-len(train) // args.batch_size)
-    args.epochs = args.epochs or training.default_epochs(STEPS, steps)
     record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
               "view_recipe": recipe.record(), "args": training.plain_args(args)}
     best = training.fit(model, groups, batches, loss, val, steps, Path(args.output) / name, record, args, device, watch)

@@ -81,6 +81,12 @@ def add_data_flags(p):
     p.add_argument("--cache-dir", default="runs/packs", help="folder for decoded pictures")
 
 
+def add_leak_flags(p):
+    leaks = p.add_mutually_exclusive_group()
+    leaks.add_argument("--drop-leaks", action="store_true", help="leave training pictures out that a test* folder holds too")
+    leaks.add_argument("--allow-leakage", action="store_true", help="train although test pictures are among the training pictures")
+
+
 def add_training_flags(p):
     p.add_argument("--weight-decay", type=non_negative_float, default=0.05, help="AdamW's weight decay")
     p.add_argument("--warmup", type=fraction, default=0.1, help="share of all steps with rising learning rate")

@@ -3,7 +3,7 @@
 A pack holds one folder of pictures (train, val, a test set, an unlabelled pool) at one side length:
 
     <cache-dir>/<folder>-<side>-<hash of its path>/images.npy   uint8 [N, S, S, 3], RGB
-                                                  /index.json   relative path, label and sha256 of each
+                                                  /index.json   relative path, label, sha256 and dimensions of each
 
 It is rebuilt when the names or the bytes of the files changed: every opening hashes all bytes
 (about a second per GB), since sizes and time stamps can stay while the contents change.
@@ -32,7 +32,7 @@ from common.cli import UserError
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
 MAX_PIXELS = 80_000_000
 EMBEDDED = "data/fasteners"
-PACK_VERSION = 2  # raise it when decoding or resizing changes
+PACK_VERSION = 3  # raise it when decoding or resizing changes
 UNLABELLED = -1
 
 
@@ -65,7 +65,11 @@ def resize(picture, side):
 
 @dataclass(frozen=True)
 class Pack:
-    """One folder of decoded pictures. images: uint8 memory map [N, S, S, 3]; labels: int64 [N], -1 for none."""
+    """One folder of decoded pictures.
+
+    images: uint8 memory map [N, S, S, 3]; labels: int64 [N], -1 for none; digests: sha256 of each file;
+    facts: (width, height, bytes) of each file.
+    """
 
     folder: Path
     images: np.ndarray
@@ -73,6 +77,8 @@ class Pack:
     labels: np.ndarray
     classes: list
     fingerprint: str
+    digests: list
+    facts: list
 
 
 def list_pictures(folder, labelled):
@@ -135,7 +141,7 @@ def open_pack(folder, side, args, labelled=True):
             raise UserError(f"{folder / name}: no picture of this class can be read; mend them or remove the folder")
     content = json.dumps([PACK_VERSION, side, classes, kept])
     return Pack(folder, np.load(home / "images.npy", mmap_mode="r"), [row[0] for row in kept],
-                labels, classes, hashlib.sha256(content.encode()).hexdigest())
+                labels, classes, hashlib.sha256(content.encode()).hexdigest(), [row[2] for row in kept], index["facts"])
 
 
 def _index_if_current(home, wanted):
@@ -162,31 +168,32 @@ def _build(home, folder, wanted, pool):
             data = (folder / path).read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("changed while it was read")
-            return resize(torch.from_numpy(read_picture(io.BytesIO(data))), side), None
+            picture = read_picture(io.BytesIO(data))
+            return resize(torch.from_numpy(picture), side), (picture.shape[1], picture.shape[0], len(data))
         except Exception as error:  # Pillow raises many kinds for damaged files
             return None, "the file is empty" if data == b"" else f"{type(error).__name__}: {error}"
 
-    bad, kept = {}, 0
+    bad, facts = {}, []
     with atomic_path(home / "images.npy") as temporary:
         images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), side, side, 3))
         rows = pool.map(decode, files)
-        for row, (picture, reason) in zip(files, tqdm(rows, f"packing {folder}", len(files), disable=None, leave=False)):
+        for row, (picture, told) in zip(files, tqdm(rows, f"packing {folder}", len(files), disable=None, leave=False)):
             if picture is None:
-                bad[row[0]] = reason
+                bad[row[0]] = told
             else:
-                images[kept] = picture.numpy()
-                kept += 1
+                images[len(facts)] = picture.numpy()
+                facts.append(told)
         images.flush()
         if bad:  # the array was made for all files; keep the rows that were filled
-            filled = np.lib.format.open_memmap(f"{temporary}.kept", "w+", np.uint8, (kept, side, side, 3))
-            for row in range(kept):
+            filled = np.lib.format.open_memmap(f"{temporary}.kept", "w+", np.uint8, (len(facts), side, side, 3))
+            for row in range(len(facts)):
                 filled[row] = images[row]
             filled.flush()
             del images, filled
             shutil.move(f"{temporary}.kept", temporary)
-    index = {**wanted, "bad": bad}
+    index = {**wanted, "bad": bad, "facts": facts}
     save_json(index, home / "index.json")
-    print(f"packed {kept} pictures of {folder} at {side} px in {time.perf_counter() - start:.1f} s")
+    print(f"packed {len(facts)} pictures of {folder} at {side} px in {time.perf_counter() - start:.1f} s")
     return index
 
 
@@ -206,6 +213,23 @@ class Pictures:
 
     def __len__(self):
         return len(self.rows)
+
+    def path(self, i):
+        """Where picture i lies, below its pack's folder's parent: train/good/17.jpg."""
+        pack = self.packs[self.pack_of[i]]
+        return f"{pack.folder.name}/{pack.paths[self.rows[i]]}"
+
+    def digests(self):
+        """sha256 of each picture's file."""
+        return [self.packs[k].digests[row] for k, row in zip(self.pack_of, self.rows)]
+
+    def pixel_digests(self):
+        """sha256 of each picture's packed pixels: equal for the same pixels in another file."""
+        return [hashlib.sha256(self.packs[k].images[row].tobytes()).hexdigest() for k, row in zip(self.pack_of, self.rows)]
+
+    def facts(self):
+        """(width, height, bytes) of each picture's file."""
+        return [self.packs[k].facts[row] for k, row in zip(self.pack_of, self.rows)]
 
     def batch(self, indices, device="cpu"):
         """uint8 [B, S, S, 3] on the device."""
@@ -295,11 +319,11 @@ def data_folder(data_dir):
 
 
 def open_training_data(record, args):
-    """(train, val, record) for a record with dir, view_size, val_fraction, split_seed and group_regex.
+    """(train, val, record) for a record with dir, view_size, val_fraction, split_seed, group_regex and drop_leaks.
 
-    train and val are `Pictures`. The returned record adds classes and fingerprint; a record that has
-    them already is checked, and a UserError names what differs. Every stage calls this with the same
-    record, hence sees the same split.
+    train and val are `Pictures`. The returned record adds classes, fingerprint and, with drop_leaks, the paths that were left
+    out because a test picture has the same bytes or pixels; a record that has these already is checked, and a UserError
+    names what differs. Every stage calls this with the same record, hence sees the same split.
     """
     folder = data_folder(record["dir"])
     pack = open_pack(folder / "train", record["view_size"], args)
@@ -315,10 +339,31 @@ def open_training_data(record, args):
         train, val = Pictures((pack, train_rows)), Pictures((pack, val_rows))
         fingerprint = pack.fingerprint
     found = {**record, "dir": folder.as_posix(), "classes": pack.classes, "fingerprint": fingerprint}
+    if record["drop_leaks"]:
+        train, val, found["dropped"] = without_leaks(train, val, open_test_sets(test_folders(folder), record["view_size"], pack.classes, args))
     if "fingerprint" in record:
         require_same({**record, "dir": found["dir"]}, found, f"the pictures in {folder}",
                      "give the --data-dir that the earlier stage was made from, or make that stage again")
     return train, val, found
+
+
+def without_leaks(train, val, tests):
+    """(train, val, paths left out): without the pictures that have the bytes or the pixels of one in tests {name: Pictures}."""
+    known = {digest for pictures in tests.values() for digest in (*pictures.digests(), *pictures.pixel_digests())}
+    dropped, kept = [], []
+    for pictures in (train, val):
+        leak = np.array([not known.isdisjoint(digests) for digests in zip(pictures.digests(), pictures.pixel_digests())])
+        dropped += [pictures.path(i) for i in np.flatnonzero(leak)]
+        (pack, rows), = pictures.parts
+        kept.append(Pictures((pack, rows[~leak])))
+        if len(np.unique(kept[-1].labels)) < len(pack.classes):
+            raise UserError(f"--drop-leaks: leaves a class of {pack.folder} without a picture; remove the copies from the test set instead")
+    return *kept, dropped
+
+
+def test_folders(data_dir):
+    """The test* folders of a data folder, sorted."""
+    return sorted(path for path in Path(data_dir).glob("test*") if path.is_dir())
 
 
 def open_test_sets(folders, side, classes, args):

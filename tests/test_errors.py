@@ -74,6 +74,8 @@ def test_model_names_and_weights(refused, tmp_path):
     (tmp_path / "w.pt").write_bytes(b"junk")
     assert "does not load" in refused(train_teacher.main, "--data-dir", "parts", *TRAIN, "--weights", tmp_path / "w.pt", "--output", tmp_path)
     assert "one for each" in refused(train_teacher.main, "--model", "test_vit", "test_resnet", "--weights", tmp_path / "w.pt", *out)
+    assert "one for each" in refused(train_teacher.main, "--model", "test_vit", "test_resnet", "--epochs", 1, 2, 3, *out)
+    assert "each name once" in refused(train_teacher.main, "--model", "test_vit", "test_vit", *out)
     assert "not a readable state dict" in refused(distill.main, "--weights", tmp_path / "w.pt", *out)
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "w.pt")
     assert "ResNet18" in refused(distill.main, "--weights", tmp_path / "w.pt", *out)

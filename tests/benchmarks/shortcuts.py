@@ -15,24 +15,12 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import data, synthetic  # noqa: E402
-
-PENALTY = 100.0
+from common import data, shortcuts, synthetic  # noqa: E402
 
 
 def thumbnails(pictures, side):
-    """float [N, 3 side^2 + 1], values 0..255; the last column is the constant 1."""
-    flat = [np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BOX)).ravel() for picture in pictures]
-    return np.c_[np.array(flat, float), np.ones(len(flat))]
-
-
-def ridge_accuracy(x, labels, tests):
-    """Accuracies, in %, on tests [(x, labels)] of a ridge classifier fitted on x, labels."""
-    mean, spread = x[:, :-1].mean(0), x[:, :-1].std(0)
-    scaled = [np.c_[(each[:, :-1] - mean) / spread, each[:, -1]] for each in (x, *(test for test, _ in tests))]
-    train, targets = scaled[0], np.eye(len(synthetic.CLASSES))[labels]
-    weights = np.linalg.solve(train.T @ train + PENALTY * np.eye(train.shape[1]), train.T @ targets)
-    return [100 * float(((test @ weights).argmax(1) == answer).mean()) for test, (_, answer) in zip(scaled[1:], tests)]
+    """float [N, 3 side^2], values 0..255."""
+    return np.array([np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BOX)).ravel() for picture in pictures], float)
 
 
 def folder(split):
@@ -48,9 +36,10 @@ def main():
     drawn = [Image.fromarray(synthetic.draw(synthetic.CLASSES[i % kinds], (synthetic.SEED, 99, i))) for i in range(count)]
     sources = {"train/": splits["train"], "drawn": (drawn, np.arange(count) % kinds)}
     for side, name in ((8, "8x8 thumbnail"), (1, "mean colour")):
-        tests = [(thumbnails(splits[s][0], side), splits[s][1]) for s in ("test", "test_shifted")]
+        tests = [thumbnails(splits[s][0], side) for s in ("test", "test_shifted")]
         for source, (pictures, labels) in sources.items():
-            test, shifted = ridge_accuracy(thumbnails(pictures, side), labels, tests)
+            answers = shortcuts.ridge(thumbnails(pictures, side), labels, tests)
+            test, shifted = (100 * (answer.argmax(1) == splits[s][1]).mean() for answer, s in zip(answers, ("test", "test_shifted")))
             print(f"{name}, {len(labels)} pictures ({source}): test {test:.1f} %, test_shifted {shifted:.1f} %")
 
 

@@ -1,0 +1,147 @@
+"""Can the numbers be trusted? What is wrong with the pictures themselves, found before any training.
+
+Copies across splits (a model is praised for what it has seen), equal pictures with different labels, classifiers that never
+look at the part, groups of pictures that the file names suggest, and sets too small for what is claimed of them.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from common import duplicates
+from common.checkpoints import load_json, save_json
+from common.cli import UserError
+from common.data import Pictures, open_pack, open_test_sets, test_folders, whole
+from common.shortcuts import probe
+
+VERSION = 1  # raise it when the audit changes
+FEW = 10  # test pictures of a class, below which nothing can be said about it
+SHOWN = 3  # examples of each finding that are printed
+
+
+def audit(sets, cache_dir):
+    """All findings as plain data, from the cache where the pictures are the same as before.
+
+    sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys of the result: `copies` (dicts with picture, of, set, of_set, kind
+    'bytes', 'pixels' or 'near', likeness, labels), `conflicts` (equal pictures of one set with different labels), `shortcuts`
+    (see `probe`), `groups` (a proposal or None), `classes` (pictures per class and set).
+    """
+    key = hashlib.sha256(json.dumps([VERSION, [[name, *(pack.fingerprint for pack in pictures.packs), hashlib.sha256(pictures.rows.tobytes()).hexdigest()]
+                                               for name, pictures in sets.items()]]).encode()).hexdigest()[:12]
+    path = Path(cache_dir) / f"audit-{key}.json"
+    try:
+        return load_json(path)
+    except UserError:
+        pass
+    labelled = {name: pictures for name, pictures in sets.items() if (pictures.labels >= 0).all()}
+    train, tests = sets["train"], {name: pictures for name, pictures in labelled.items() if name not in ("train", "val")}
+    copies, conflicts = find_copies(sets)
+    found = {"copies": copies, "conflicts": conflicts, "shortcuts": probe(train, tests) if tests else {},
+             "groups": propose_groups([train.path(i) for i in range(len(train))]),
+             "sizes": {name: len(pictures) for name, pictures in sets.items()},
+             "per_class": {name: np.bincount(pictures.labels, minlength=int(train.labels.max()) + 1).tolist()
+                           for name, pictures in labelled.items()}}
+    save_json(found, path)
+    return found
+
+
+def find_copies(sets):
+    """(copies, conflicts): see `audit`. A picture is listed once, with the strongest kind of copy."""
+    pictures = Pictures(*(part for each in sets.values() for part in each.parts))
+    sizes = [len(each) for each in sets.values()]
+    begin, names = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes), np.repeat(list(sets), sizes)
+    pixels = pictures.pixel_digests()
+    found = {}
+    for kind, pairs in (("bytes", duplicates.exact_copies(pictures.digests(), begin)), ("pixels", duplicates.exact_copies(pixels, begin)),
+                        ("near", duplicates.near_copies(pictures, begin))):
+        for i, j, *likeness in pairs:
+            found.setdefault(i, {"picture": pictures.path(i), "set": str(names[i]), "row": int(i - begin[i]), "kind": kind,
+                                 "of": pictures.path(j), "of_set": str(names[j]), "of_row": int(j - begin[j]),
+                                 "likeness": likeness[0] if likeness else 1.0, "labels": [int(pictures.labels[i]), int(pictures.labels[j])]})
+    conflicts, first = [], {}
+    for i, digest in enumerate(pixels):
+        j = first.setdefault((names[i], digest), i)
+        if pictures.labels[i] != pictures.labels[j]:
+            conflicts.append({"set": str(names[i]), "picture": pictures.path(i), "of": pictures.path(j)})
+    return [found[i] for i in sorted(found)], conflicts
+
+
+def propose_groups(paths):
+    """A --group-regex that the file names suggest, with what it would do, or None.
+
+    Names such as 17_2.jpg, part17-b.png: many pictures share what stands before the last separator.
+    """
+    pattern = r"([^/]+)[_-][^_\-/]*\.\w+$"
+    stems = [match.group(1) for path in paths if (match := re.search(pattern, path))]
+    sizes = Counter(stems)
+    if len(stems) < 0.9 * len(paths) or len(sizes) < 10 or len(stems) < 2 * len(sizes):  # few "groups" are class names or series
+        return None
+    return {"group_regex": pattern, "groups": len(sizes), "largest": max(sizes.values()), "example": paths[0]}
+
+
+def suspicious_labels(answers, labels):
+    """Pictures whose label all teachers reject for the same other class, the most doubtful first.
+
+    answers: one float [N, K] of probabilities per teacher, on pictures these were not trained on; labels: int [N]. Of those, the ones
+    whose mean probability for the other class reaches what pictures labelled so have on average (confident
+    learning, Northcutt et al. 2021). Returns dicts with row, label, suggested, probability.
+    """
+    if not answers:
+        return []
+    decisions, mean = np.stack([a.argmax(1) for a in answers]), np.mean(answers, axis=0)
+    usual = np.array([mean[labels == k, k].mean() if (labels == k).any() else 1.0 for k in range(mean.shape[1])])
+    suggested = mean.argmax(1)
+    rows = np.flatnonzero((decisions == decisions[0]).all(0) & (suggested != labels) & (mean.max(1) >= usual[suggested]))
+    doubt = mean[rows, labels[rows]] - mean[rows, suggested[rows]]
+    return [{"row": int(i), "label": int(labels[i]), "suggested": int(suggested[i]), "probability": float(mean[i].max())} for i in rows[np.argsort(doubt)]]
+
+
+def check(train, val, record, args):
+    """Audit what belongs to a training run and print it; UserError where test pictures are among the training ones.
+
+    record: of `data.open_training_data`; args: data flags and allow_leakage. Returns the findings. Costs seconds for
+    thousands of pictures the first time and nothing while they stay the same.
+    """
+    folder, side, classes = Path(record["dir"]), record["view_size"], record["classes"]
+    sets = {"train": train, "val": val}
+    if (folder / "unlabelled").is_dir():
+        sets["unlabelled"] = whole(open_pack(folder / "unlabelled", side, args, labelled=False))
+    sets |= open_test_sets(test_folders(folder), side, classes, args)
+    found = audit(sets, args.cache_dir)
+    for line in describe(found, classes, record["group_regex"]):
+        print(f"audit: {line}")
+    leaks = [c for c in found["copies"] if c["kind"] != "near" and c["of_set"] in ("train", "val") and c["set"] not in ("val", "unlabelled")]
+    if leaks and not args.allow_leakage:
+        raise UserError(f"{folder}: {len(leaks)} test pictures are among the training pictures ({leaks[0]['picture']} = {leaks[0]['of']}); "
+                        "--drop-leaks leaves them out of training, --allow-leakage goes on")
+    return found
+
+
+def describe(found, classes, group_regex=None):
+    """The findings in lines for people; nothing for what is as it should be."""
+    lines = []
+    for kind, words in (("bytes", "byte for byte in"), ("pixels", "pixel for pixel in"), ("near", "nearly copies of pictures in")):
+        of_kind = [c for c in found["copies"] if c["kind"] == kind]
+        for (name, of), count in Counter((c["set"], c["of_set"]) for c in of_kind).items():
+            some = [f"{c['picture']} = {c['of']}" for c in of_kind if (c["set"], c["of_set"]) == (name, of)][:SHOWN]
+            lines.append(f"{count} of {found['sizes'][name]} pictures of {name} are {words} {of}: {', '.join(some)}" + (", ..." if count > SHOWN else ""))
+    different = [c for c in found["copies"] if min(c["labels"]) >= 0 and c["labels"][0] != c["labels"][1]]
+    for c in [*found["conflicts"], *({**c, "set": f"{c['set']} and {c['of_set']}"} for c in different)][:2 * SHOWN]:
+        lines.append(f"{c['set']}: {c['picture']} and {c['of']} are copies with different labels")
+    if found["groups"] and group_regex is None:
+        g = found["groups"]
+        lines.append(f"file names such as {g['example']} suggest {g['groups']} groups of up to {g['largest']} pictures; if these show one part each, "
+                     f"split them whole: --group-regex '{g['group_regex']}'")
+    for name, counts in found["per_class"].items():
+        few = [f"{c} ({n})" for c, n in zip(classes, counts) if n < FEW]
+        if few and name not in ("train", "val"):
+            lines.append(f"{name}: fewer than {FEW} pictures of {', '.join(few)}: nothing can be said about these classes alone")
+    for name, result in found["shortcuts"].items():
+        for of, scores in result.items():
+            if scores["balanced_accuracy"] > 1 / len(classes) + 0.5 * (1 - 1 / len(classes)):
+                lines.append(f"shortcut: {name} alone gives {100 * scores['balanced_accuracy']:.0f} % balanced accuracy on {of}")
+    return lines

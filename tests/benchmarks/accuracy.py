@@ -1,0 +1,231 @@
+"""Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real sets, several seeds.
+
+    python tests/benchmarks/accuracy.py --data ../data --weights ../weights            # all sets, 3 seeds; days on a small machine
+    python tests/benchmarks/accuracy.py --data ../data --weights ../weights --sets neu_cls_10 --seeds 0
+    python tests/benchmarks/accuracy.py --table                                        # from the CSV alone
+
+Runs the five scripts as a user would, in runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and
+seed whose rows are in the CSV is skipped. The seed chooses the labelled pictures, initialisation, order and views. Of each class,
+`labelled` pictures train and half as many (at least 4) validate; with a pool, the other training pictures lose their labels.
+
+    data/<folder>/{train,test}/<class>/*          the sets below
+    weights/<timm name>.safetensors               of the pretrained teachers
+
+Students start from scratch: no pretrained ResNet18 is at hand. All have the same steps, views and rule of selection.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
+EXTRA_CNN = "resnet10t"  # from scratch
+FIELDS = ("set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
+          "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds", "code")
+BATCH = 24
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set as it is used here. labelled: pictures per class, 0 for all; side: px; steps: of every student and from-scratch CNN."""
+
+    folder: str
+    labelled: int
+    pool: bool
+    side: int  # a multiple of the transformer's 14 px
+    steps: int
+    teacher_steps: int
+    views: int
+    group: str = ""  # regular expression: pictures of one part or photo stay on one side of train and val
+
+
+TASKS = {
+    "neu_cls_10": Task("neu_cls", 10, True, 98, 400, 150, 6),
+    "neu_cls_40": Task("neu_cls", 40, True, 98, 400, 150, 6),
+    "screw_missing_10": Task("screw_missing", 10, True, 98, 400, 150, 6, r"^(\d+)_"),
+    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, 6),
+}
+
+
+def lay_out(task, source, home, seed):
+    """Links (or copies) of the set's pictures as an ImageFolder of its own; returns the data folder."""
+    folder = home / "data"
+    if (folder / "done").is_file():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    rng = np.random.default_rng(seed)
+    rest, trained = {}, set()
+    for class_folder in sorted(p for p in (source / "train").iterdir() if p.is_dir()):
+        files = sorted(class_folder.iterdir())
+        files = [files[i] for i in rng.permutation(len(files))]
+        n = task.labelled or round(0.8 * len(files))
+        for file in files[:n]:
+            link(file, folder / "train" / class_folder.name / file.name)
+            trained.add(group_of(task, file))
+        rest[class_folder.name] = files[n:]
+    for name, files in rest.items():
+        val = [file for file in files if group_of(task, file) not in trained]
+        val = val[:max(4, task.labelled // 2)] if task.labelled else val
+        for file in val:
+            link(file, folder / "val" / name / file.name)
+        for file in files if task.pool else []:
+            if file not in val:
+                link(file, folder / "unlabelled" / f"{name}_{file.name}")
+    for file in sorted((source / "test").rglob("*")):
+        if file.is_file():
+            link(file, folder / file.relative_to(source))
+    (folder / "done").touch()
+    return folder
+
+
+def group_of(task, file):
+    """What may not stand in both train and val: the first match group of task.group in the file's name, or the file."""
+    match = re.search(task.group, file.name) if task.group else None
+    return match.group(1) if match else file
+
+
+def link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
+
+
+def stages(task, data, home, weights, seed):
+    """(name, command words) of one set and seed, in order."""
+    labelled = sum(1 for p in (data / "train").rglob("*") if p.is_file())
+    pooled = labelled + sum(1 for p in (data / "unlabelled").rglob("*") if p.is_file())
+
+    def epochs(pictures, steps=task.steps):  # as many passes as come nearest to the steps
+        return max(1, round(steps / -(-pictures // BATCH)))
+
+    rest = ["--seed", seed, "--overwrite"]
+    pictures = ["--data-dir", data, "--view-size", task.side]
+    teachers = [home / name / "best.pt" for name in TEACHERS]
+    files = [weights / f"{name}.safetensors" for name in TEACHERS]
+    yield "teachers", ["train_teacher.py", *pictures, "--model", *TEACHERS, "--weights", *files,
+                       "--epochs", epochs(labelled, task.teacher_steps), "--output", home, *rest]
+    yield "extra_cnn", ["train_teacher.py", *pictures, "--model", EXTRA_CNN, "--epochs", epochs(labelled), "--output", home, *rest]
+    yield "ensemble", ["build_ensemble.py", *teachers, "--views", task.views, "--unlabelled", "none", "--output", home / "ensemble", *rest]
+    yield "alone", ["distill.py", home / "ensemble", "--alpha", 0, "--epochs", epochs(labelled), "--output", home / "alone", *rest]
+    yield "distilled", ["distill.py", home / "ensemble", "--epochs", epochs(labelled), "--output", home / "distilled", *rest]
+    students = ["alone", "distilled"]
+    if task.pool:
+        yield "ensemble_pool", ["build_ensemble.py", *teachers, "--views", task.views, "--output", home / "ensemble_pool", *rest]
+        yield "distilled_pool", ["distill.py", home / "ensemble_pool", "--epochs", epochs(pooled), "--output", home / "distilled_pool", *rest]
+        students.append("distilled_pool")
+    best = home / students[-1] / "student.int8.ts"
+    yield "evaluate", ["evaluate.py", *teachers, home / EXTRA_CNN / "best.pt", home / "ensemble",
+                       *(home / name / "best.pt" for name in students), *([best] if best.is_file() else []),
+                       "--data-dir", data, "--baseline", home / "alone" / "best.pt", "--output", home / "report"]
+
+
+def run(task, name, seed, args):
+    """Run what is missing of one set and seed, then append its rows to the CSV."""
+    home = Path(args.output) / name / f"seed_{seed}"
+    data = lay_out(task, Path(args.data) / task.folder, home, seed)
+    log = home / "seconds.json"
+    seconds = json.loads(log.read_text()) if log.is_file() else {}
+    for stage, words in stages(task, data, home, Path(args.weights), seed):
+        if stage in seconds:
+            continue
+        print(f"== {name} seed {seed}: {stage}", flush=True)
+        start = time.perf_counter()
+        words = [word for word in words if not (word == "--overwrite" and stage == "evaluate")]
+        subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
+        seconds[stage] = round(time.perf_counter() - start, 1)
+        log.write_text(json.dumps(seconds))
+    append(name, seed, home, seconds, args.csv)
+
+
+def append(name, seed, home, seconds, path):
+    """One row per model and test set from the report."""
+    report = json.loads((home / "report" / "metrics.json").read_text())
+    code = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    new = not Path(path).is_file()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        for model, result in report["models"].items():
+            part = Path(model).parent.name if model.endswith("best.pt") else Path(model).name
+            part = "int8" if part.endswith(".ts") else part
+            history = list(csv.DictReader(open(Path(model).parent / "log.csv"))) if model.endswith("best.pt") else None
+            for test_set, s in result["sets"].items():
+                difference = s["minus_baseline"]
+                writer.writerow(dict(zip(FIELDS, (
+                    name, seed, part, test_set, s["n"], *(round(s[key], 5) for key in ("accuracy", "balanced_accuracy", "nll", "ece")),
+                    *(round(v, 5) for v in (difference["difference"], *difference["interval"])),
+                    history[-1]["steps"] if history else "", seconds.get(part, ""), code))))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", help="folder that holds the sets' folders")
+    p.add_argument("--weights", help="folder with the teachers' weight files")
+    p.add_argument("--sets", nargs="+", default=list(TASKS), metavar="NAME", help="which (default: %(default)s)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--output", default="runs/accuracy")
+    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")), help="results are appended here")
+    p.add_argument("--table", action="store_true", help="print the table of the CSV, and end")
+    args = p.parse_args()
+    if not args.table:
+        if not (args.data and args.weights):
+            p.error("--data and --weights are needed to run anything")
+        for seed in args.seeds:  # one seed of every set before the next
+            for name in args.sets:
+                if (name, str(seed)) not in {(row["set"], row["seed"]) for row in read(args.csv)}:
+                    run(TASKS[name], name, seed, args)
+    print_table(read(args.csv))
+
+
+def read(path):
+    return list(csv.DictReader(open(path, newline="", encoding="utf-8"))) if Path(path).is_file() else []
+
+
+def over_seeds(rows, key="balanced_accuracy"):
+    values = [100 * float(row[key]) for row in rows]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else float("nan")
+
+
+def gain(rows):
+    """Mean over seeds of the paired accuracy difference to `alone`, and half its 95 % interval.
+
+    Variance over pictures (seeds share the test pictures, so not divided by their number) plus variance of the mean over seeds.
+    """
+    values = np.array([float(row["minus_alone"]) for row in rows])
+    pictures = np.mean([((float(row["minus_alone_high"]) - float(row["minus_alone_low"])) / 3.92) ** 2 for row in rows])
+    return 100 * values.mean(), 196 * np.sqrt(pictures + (values.var(ddof=1) / len(values) if len(values) > 1 else 0.0))
+
+
+def print_table(rows):
+    """Balanced accuracy per set and model over seeds, the difference to the stand-alone ResNet18, and its errors removed."""
+    for name in dict.fromkeys(row["set"] for row in rows):
+        of_set = [row for row in rows if row["set"] == name]
+        seeds = sorted({row["seed"] for row in of_set})
+        print(f"\n{name}: {len(seeds)} seeds ({', '.join(seeds)}), {of_set[0]['n']} test pictures, {next(r['steps'] for r in of_set if r['model'] == 'alone')} steps\n")
+        print("| model | balanced accuracy, % | accuracy minus stand-alone, points | stand-alone's errors removed, % | seconds |\n|---|---|---|---|---|")
+        alone, _ = over_seeds([row for row in of_set if row["model"] == "alone"])
+        for model in dict.fromkeys(row["model"] for row in of_set):
+            of_model = [row for row in of_set if row["model"] == model]
+            mean, spread = over_seeds(of_model)
+            value, half = gain(of_model)
+            time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
+            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{100 * (mean - alone) / max(100 - alone, 1e-9):.0f}"]
+            print(f"| {model} | {mean:.1f} ± {spread:.1f} | {' | '.join(columns)} | {np.mean(time_taken) if time_taken else 0:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
