@@ -98,6 +98,22 @@ def int8_trunk(classifier, batches):
         return convert_fx(prepared)
 
 
+def correct_head(classifier, trunk, batches):
+    """A copy of the classifier whose head's bias makes up for what the int8 trunk shifts its logits by on average.
+
+    Bias correction (Nagel et al. 2019) at the last layer, which stays in float32. batches: as for `int8_trunk`.
+    """
+    before, shift, n = float_trunk(classifier), 0.0, 0
+    with torch.no_grad():
+        for pixels in batches:
+            normalised = classifier.normalise(pixels)
+            shift = shift + (before(normalised) - trunk(normalised)).mean((2, 3)).sum(0)
+            n += len(pixels)
+    corrected = copy.deepcopy(classifier)
+    corrected.backbone.fc.bias.data += classifier.backbone.fc.weight.detach() @ (shift / n)
+    return corrected
+
+
 def export(classifier, trunk, view_size, temperature, metadata, path):
     """Write a `Deployed` of these parts as TorchScript with metadata.json inside.
 

@@ -16,10 +16,10 @@ import torch
 import distill
 from common import data
 from common.checkpoints import load
-from common.export import load_exported
+from common.export import correct_head, float_trunk, load_exported
 from common.models import load_model
 from common.operating_point import choose_threshold, pictures_needed, rates, wilson
-from conftest import ROOT, call
+from conftest import ROOT, SIDE, call
 
 SCORES = np.array([0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.05])
 DEFECTIVE = np.array([True, True, True, True, False, False, False, False])
@@ -110,6 +110,21 @@ def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, tiny):
         assert (answer.argmax(1) == first.argmax(1)).float().mean() > 0.9, engine
     floats = load_exported(edge / "student.ts")[0](pictures)
     assert (floats.argmax(1) == first.argmax(1)).float().mean() > 0.8
+
+
+def test_the_corrected_head_gives_back_the_mean_logits(edge):
+    student, _ = load_model(edge / "best.pt", torch.device("cpu"))
+    pixels = 255 * torch.rand(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+    def trunk(normalised):  # as if quantisation shifted some features and blurred others
+        features = float_trunk(student)(normalised)
+        return features.round(decimals=0) + torch.arange(512).view(512, 1, 1) / 512
+
+    corrected = correct_head(student, trunk, [pixels[:9], pixels[9:]])
+    with torch.no_grad():
+        expected, plain, found = (distill.logits_of(model, body)(pixels).mean(0) for model, body in
+                                  ((student, float_trunk(student)), (student, trunk), (corrected, trunk)))
+    assert torch.allclose(found, expected, atol=1e-3) and (plain - expected).abs().max() > 0.01
 
 
 def test_an_int8_file_that_loses_too_much_is_not_written(edge, tiny, monkeypatch, capsys):
