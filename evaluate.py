@@ -175,11 +175,11 @@ def audit_with_training(record, tests, args):
         print("audit: left out, since an exported file does not say which pictures it was trained on; name its best.pt as well")
         return None, {}
     try:
-        train, val, _ = data.open_training_data({**record, **({"dir": args.data_dir} if args.data_dir and not args.test_dirs else {})}, args)
+        train, val, record = data.open_training_data({**record, **({"dir": args.data_dir} if args.data_dir and not args.test_dirs else {})}, args)
+        sets = audit.all_sets(train, val, record, tests, args)
     except cli.UserError as error:
         print(f"audit: left out, since the training pictures are not here as they were ({error})")
         return None, {}
-    sets = {"train": train, "val": val, **tests}
     return audit.audit(sets, args.cache_dir), sets
 
 

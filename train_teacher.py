@@ -41,10 +41,10 @@ def parse_arguments():
                    f"or one for each (default: as many as make {STEPS} steps)")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
     p.add_argument("--lr", type=cli.positive_float, default=1e-3, help="peak learning rate of new layers")
-    p.add_argument("--backbone-lr", type=cli.positive_float, default=0.1,
-                   help="share of --lr for the last block of a pretrained backbone")
-    p.add_argument("--layer-decay", type=cli.fraction, default=0.75,
-                   help="learning rate of each earlier block of a pretrained backbone over the next one's")
+    p.add_argument("--backbone-lr", type=cli.positive_float, help="share of --lr for the last block of a pretrained backbone "
+                   "(default: 0.1 for transformers, 1 for CNNs)")
+    p.add_argument("--layer-decay", type=cli.positive_float, help="learning rate of each earlier block of a pretrained backbone over the "
+                   "next one's (default: 0.75 for transformers, 0.95 for CNNs)")
     cli.add_training_flags(p)
     p.add_argument("--label-smoothing", type=cli.fraction, default=0.1, help="share of the label spread over all classes")
     p.add_argument("--balance-classes", action="store_true", help="weight classes by the inverse of their frequency")
@@ -109,7 +109,8 @@ def train_one(name, weights, train, val, data_record, recipe, steps, args, devic
     classes, img_size = data_record["classes"], args.img_size or data_record["view_size"]
     model = models.create_teacher(name, len(classes), img_size, args.pretrained, weights)
     fine_tuned = args.pretrained or weights is not None
-    groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay, args.backbone_lr) if fine_tuned else ()))
+    backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
+    groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay or layer_decay, args.backbone_lr or backbone_lr) if fine_tuned else ()))
     class_weights = torch.ones(len(classes), device=device)
     if args.balance_classes:
         class_weights = len(train) / (len(classes) * torch.bincount(train.labels, minlength=len(classes))).to(device)

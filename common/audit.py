@@ -49,6 +49,13 @@ def audit(sets, cache_dir):
     return found
 
 
+def all_sets(train, val, record, tests, args):
+    """{name: Pictures} in the order that `audit` wants: train, val, the data folder's unlabelled pool if any, tests."""
+    pool = Path(record["dir"]) / "unlabelled"
+    unlabelled = {"unlabelled": whole(open_pack(pool, record["view_size"], args, labelled=False))} if pool.is_dir() else {}
+    return {"train": train, "val": val, **unlabelled, **tests}
+
+
 def find_copies(sets):
     """(copies, conflicts): see `audit`. A picture is listed once, with the strongest kind of copy."""
     pictures = Pictures(*(part for each in sets.values() for part in each.parts))
@@ -106,11 +113,8 @@ def check(train, val, record, args):
     record: of `data.open_training_data`; args: data flags and allow_leakage. Returns the findings. Costs seconds for
     thousands of pictures the first time and nothing while they stay the same.
     """
-    folder, side, classes = Path(record["dir"]), record["view_size"], record["classes"]
-    sets = {"train": train, "val": val}
-    if (folder / "unlabelled").is_dir():
-        sets["unlabelled"] = whole(open_pack(folder / "unlabelled", side, args, labelled=False))
-    sets |= open_test_sets(test_folders(folder), side, classes, args)
+    folder, classes = record["dir"], record["classes"]
+    sets = all_sets(train, val, record, open_test_sets(test_folders(folder), record["view_size"], classes, args), args)
     found = audit(sets, args.cache_dir)
     for line in describe(found, classes, record["group_regex"]):
         print(f"audit: {line}")

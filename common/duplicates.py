@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 COARSE = 16  # side in px of the thumbnail the descriptors are made from
 FREQUENCIES = 8  # of its cosine transform, each way
-CANDIDATES = 4  # of the earlier sets that each picture is compared with
-ALIKE = 0.7  # correlation of thumbnails below which a candidate is not looked at in detail
+CANDIDATES = 8  # of the earlier sets whose thumbnails each picture is compared with; the likest is looked at in detail
+ALIKE = 0.7  # correlation of thumbnails from which that is worth while
 ROUGH, FINE = 64, 128  # sides in px at which candidates, and then the best of them, are compared
 CROPS = {ROUGH: (1.0, 0.975, 0.95, 0.925, 0.9), FINE: tuple(1 - k / 80 for k in range(9))}  # shares of the side that a copy may show
 SHIFT = 0.1  # of the side, the largest between two copies
@@ -53,14 +53,13 @@ def near_copies(pictures, begin, threshold=None):
             candidates = nearest(coarse[queries], coarse[:start]).numpy()
             i, j = np.repeat(queries, candidates.shape[1]), candidates.flatten()
             correlation, symmetry = best_symmetry(thumbnails[i], thumbnails[j])
-            scores = np.zeros(len(i))
-            alike = np.flatnonzero(correlation >= ALIKE)
-            scores[alike] = compare(pictures, i[alike], j[alike], symmetry[alike], ROUGH)
-            best = scores.reshape(candidates.shape).argmax(1) + np.arange(len(queries)) * candidates.shape[1]
+            best = correlation.view(candidates.shape).argmax(1).numpy() + np.arange(len(queries)) * candidates.shape[1]
+            best = best[correlation.numpy()[best] >= ALIKE]
+            scores = compare(pictures, i[best], j[best], symmetry[best], ROUGH)
             if side == FINE:
-                best = best[scores[best] >= LIKENESS[FINE]]
-                scores[best] = compare(pictures, i[best], j[best], symmetry[best], FINE)
-            found += [(int(i[k]), int(j[k]), float(scores[k])) for k in best if scores[k] >= threshold]
+                best = best[scores >= LIKENESS[FINE]]
+                scores = compare(pictures, i[best], j[best], symmetry[best], FINE)
+            found += [(int(i[k]), int(j[k]), float(score)) for k, score in zip(best, scores) if score >= threshold]
     return found
 
 

@@ -149,6 +149,15 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
     return result
 
 
+def fine_tuning_rates(backbone):
+    """(backbone_lr, layer_decay) for `parameter_groups`: low and steep for transformers, nearly one rate for CNNs.
+
+    A CNN has more blocks, so a transformer's decay would freeze its early ones: EfficientNet-Lite0 on 60 pictures of steel
+    reached 63 % on 30 validation pictures with (0.1, 0.75), 80 % with (0.5, 0.9) and 93 % with (1.0, 0.95), 120 steps, one seed.
+    """
+    return (0.1, 0.75) if any("attn" in name for name, _ in backbone.named_modules()) else (1.0, 0.95)
+
+
 def autocast(device):
     """Mixed precision where the hardware computes in it: bfloat16 or float16 on cuda, bfloat16 on CPUs
     with AVX512-BF16 or AMX (elsewhere it is emulated, and many times slower than float32)."""
