@@ -339,7 +339,7 @@ def open_training_data(record, args):
         train, val = Pictures((pack, train_rows)), Pictures((pack, val_rows))
         fingerprint = pack.fingerprint
     found = {**record, "dir": folder.as_posix(), "classes": pack.classes, "fingerprint": fingerprint}
-    if record["drop_leaks"]:
+    if record.get("drop_leaks"):  # artefacts from before the audit say nothing
         train, val, found["dropped"] = without_leaks(train, val, open_test_sets(test_folders(folder), record["view_size"], pack.classes, args))
     if "fingerprint" in record:
         require_same({**record, "dir": found["dir"]}, found, f"the pictures in {folder}",
