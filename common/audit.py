@@ -26,9 +26,9 @@ SHOWN = 3  # examples of each finding that are printed
 def audit(sets, cache_dir):
     """All findings as plain data, from the cache where the pictures are the same as before.
 
-    sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys of the result: `copies` (dicts with picture, of, set, of_set, kind
-    'bytes', 'pixels' or 'near', likeness, labels), `conflicts` (equal pictures of one set with different labels), `shortcuts`
-    (see `probe`), `groups` (a proposal or None), `classes` (pictures per class and set).
+    sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys of the result: `copies` (dicts with picture, set,
+    row and of, of_set, of_row, kind 'bytes', 'pixels' or 'near', likeness, labels), `conflicts` (equal pictures of one set with
+    different labels), `shortcuts` (see `probe`), `groups` (a proposal or None), `sizes` and `per_class` (pictures per set).
     """
     key = hashlib.sha256(json.dumps([VERSION, [[name, *(pack.fingerprint for pack in pictures.packs), hashlib.sha256(pictures.rows.tobytes()).hexdigest()]
                                                for name, pictures in sets.items()]]).encode()).hexdigest()[:12]
@@ -63,12 +63,17 @@ def find_copies(sets):
     begin, names = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes), np.repeat(list(sets), sizes)
     pixels = pictures.pixel_digests()
     found = {}
-    for kind, pairs in (("bytes", duplicates.exact_copies(pictures.digests(), begin)), ("pixels", duplicates.exact_copies(pixels, begin)),
-                        ("near", duplicates.near_copies(pictures, begin))):
-        for i, j, *likeness in pairs:
-            found.setdefault(i, {"picture": pictures.path(i), "set": str(names[i]), "row": int(i - begin[i]), "kind": kind,
-                                 "of": pictures.path(j), "of_set": str(names[j]), "of_row": int(j - begin[j]),
-                                 "likeness": likeness[0] if likeness else 1.0, "labels": [int(pictures.labels[i]), int(pictures.labels[j])]})
+
+    def add(kind, i, j, likeness=1.0):
+        found.setdefault(i, {"picture": pictures.path(i), "set": str(names[i]), "row": int(i - begin[i]), "kind": kind,
+                             "of": pictures.path(j), "of_set": str(names[j]), "of_row": int(j - begin[j]),
+                             "likeness": likeness, "labels": [int(pictures.labels[i]), int(pictures.labels[j])]})
+
+    for kind, digests in (("bytes", pictures.digests()), ("pixels", pixels)):
+        for pair in duplicates.exact_copies(digests, begin):
+            add(kind, *pair)
+    for triple in duplicates.near_copies(pictures, begin, known=found):
+        add("near", *triple)
     conflicts, first = [], {}
     for i, digest in enumerate(pixels):
         j = first.setdefault((names[i], digest), i)

@@ -195,8 +195,8 @@ def read(path):
     return list(csv.DictReader(open(path, newline="", encoding="utf-8"))) if Path(path).is_file() else []
 
 
-def over_seeds(rows, key="balanced_accuracy"):
-    values = [100 * float(row[key]) for row in rows]
+def over_seeds(rows):
+    values = [100 * float(row["balanced_accuracy"]) for row in rows]
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else float("nan")
 
 

@@ -5,8 +5,8 @@
     pip install imagededup && python tests/benchmarks/near_duplicates.py --sets DIR --peer
 
 Planted: a seventh of up to 210 training pictures each is mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two
-thirds, cropped to 95 % at a random place, or all of these but the turn together. The rest of the training pictures are the earlier set
-without their originals' neighbours; real test pictures show how alike pictures are that are no copies.
+thirds, cropped to 95 % at a random place, or mirrored, brightened, cropped and encoded together. All training pictures are the earlier set; the real test pictures that are not
+byte-equal to one of them show how often pictures that merely look alike are called copies (some do show the same part).
 """
 
 import argparse
