@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, data, models
+from common import audit, cli, data, models
 from common.checkpoints import exclusive, file_sha256, load, load_json, require_same, save_json, versions
 from common.ensemble import SCHEMA, load_ensemble, open_views, view_file, write_view
 from common.losses import fit_temperature, fit_weights, mixture
@@ -61,7 +61,10 @@ def build(args, watch):
     paths = args.checkpoint or find_teachers()
     with watch("pictures"):
         teachers, records, train, val, data_record = open_teachers(paths, args)
+        labelled = train
         train, pool = add_unlabelled(train, data_record, args)
+    with watch("audit"):
+        audit.look(labelled, val, data_record, args)
     for path, record in zip(paths, records):
         print(f"teacher {path}: {record['model']} at {record['img_size']} px")
     recipe_record = records[0]["view_recipe"]
@@ -93,7 +96,10 @@ def build(args, watch):
             write_view(folder, view, logits)
             tqdm.write(f"view {view} of {args.views} stored")
     shape = [len(teachers), len(train), len(data_record["classes"])]
-    save_json({**spec, **combination, "shape": shape, "versions": versions(),
+    suspicions = {"val": doubts(val, [val_logits.numpy()], combination),
+                  "train": doubts(labelled, [np.load(view_file(folder, view), "r") for view in range(views)], combination)}
+    print_doubts(suspicions, data_record["classes"])
+    save_json({**spec, **combination, "suspicions": suspicions, "shape": shape, "versions": versions(),
                "sha256": [file_sha256(view_file(folder, view)) for view in range(views)]}, folder / "ensemble.json")
     print(f"{folder}: {views} views of {shape[1]} pictures by {shape[0]} teachers")
 
@@ -161,6 +167,24 @@ def combine(val_logits, labels, weighting, paths):
     keys = ("accuracy", "balanced_accuracy", "nll", "n")
     return {"temperatures": temperatures, "weights": weights, "weighting": weighting,
             "validation": {name: {key: metrics[key] for key in keys} for name, _, _, metrics in rows}}
+
+
+def doubts(pictures, views, combination):
+    """`audit.suspicious_labels` of labelled pictures, by path, from each teacher's mean probabilities over the views.
+
+    views: float32 arrays [teachers, N or more, classes] of logits, the pictures' rows first.
+    """
+    temperatures = torch.tensor(combination["temperatures"])[:, None, None]
+    answers = sum(torch.softmax(torch.tensor(view[:, :len(pictures)]) / temperatures, dim=2) for view in views) / len(views)
+    found = audit.suspicious_labels(list(answers.numpy()), pictures.labels.numpy())
+    return [{**suspicion, "picture": pictures.path(suspicion["row"])} for suspicion in found]
+
+
+def print_doubts(suspicions, classes):
+    for name, found in suspicions.items():
+        if found:
+            some = [f"{s['picture']} (all say {classes[s['suggested']]}, {100 * s['probability']:.0f} %)" for s in found[:audit.SHOWN]]
+            print(f"audit: {len(found)} labels of {name} to look at again: {', '.join(some)}" + (", ..." if len(found) > audit.SHOWN else ""))
 
 
 @torch.inference_mode()

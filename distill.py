@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, data, models, training
+from common import audit, cli, data, models, training
 from common.checkpoints import exclusive, file_sha256, require_same
 from common.ensemble import load_ensemble, open_views, soft_targets
 from common.export import Bfloat16Trunk, correct_head, export, float_trunk, int8_trunk
-from common.losses import distillation_loss, fit_temperature, mixture
+from common.losses import class_weights, distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.operating_point import choose_threshold, describe, good_class
 from common.views import batch_plan, recipe_from_record, render
@@ -79,17 +79,18 @@ def distil(output, args, watch):
     recipe = recipe_from_record(ensemble["view_recipe"])
     device = cli.pick_device(args.device)
     with watch("pictures"):
-        train, val, data_record = open_pictures(ensemble, args)
+        labelled, train, val, data_record = open_pictures(ensemble, args)
         cached = open_views(args.ensemble, ensemble) if args.alpha else []
+    with watch("audit"):
+        audit.look(labelled, val, data_record, args)
     classes, view_size = data_record["classes"], data_record["view_size"]
     if args.good_class and args.good_class not in classes:
         raise cli.UserError(f"--good-class {args.good_class}: the classes are {', '.join(classes)}")
-    labelled = int((train.labels != data.UNLABELLED).sum())
-    used = len(train) if args.alpha else labelled
+    used = len(train) if args.alpha else len(labelled)
     steps = -(-len(train) // args.batch_size)
     embedded = Path(data_record["dir"]) == Path(data.EMBEDDED)
     args.epochs = args.epochs or (EMBEDDED_EPOCHS if embedded else training.default_epochs(STEPS, steps))
-    print(f"{labelled} labelled and {len(train) - labelled} unlabelled pictures at {view_size} px, {steps} steps per epoch, "
+    print(f"{len(labelled)} labelled and {len(train) - len(labelled)} unlabelled pictures at {view_size} px, {steps} steps per epoch, "
           + (f"{len(cached) - 1} cached views" if args.alpha else "labelled pictures only (alpha 0)"))
 
     torch.manual_seed(args.seed)
@@ -102,8 +103,10 @@ def distil(output, args, watch):
             pixels = render(train.batch(indices, device), indices, views, ensemble["seed"], recipe)
             yield pixels, (train.labels[indices].to(device), soft)
 
+    weights = class_weights(labelled.labels, len(classes)).to(device) if args.balance_classes else None
+
     def loss(logits, target):
-        return distillation_loss(logits, *target, args.alpha, args.temperature)
+        return distillation_loss(logits, *target, args.alpha, args.temperature, weights)
 
     record = {"kind": "student", "model": models.STUDENT, "classes": classes, "img_size": args.img_size or view_size,
               "data": data_record, "view_recipe": ensemble["view_recipe"], "args": training.plain_args(args),
@@ -115,17 +118,17 @@ def distil(output, args, watch):
 
 
 def open_pictures(ensemble, args):
-    """The pictures the ensemble was made from, in its numbering: (train with pool, val, data record)."""
+    """The pictures the ensemble was made from, in its numbering: (train, train with pool, val, data record)."""
     where = {**ensemble["data"], **({"dir": args.data_dir} if args.data_dir else {})}
-    train, val, data_record = data.open_training_data(where, args)
-    pool = ensemble["unlabelled"]
+    labelled, val, data_record = data.open_training_data(where, args)
+    train, pool = labelled, ensemble["unlabelled"]
     if pool:
         pack = data.open_pack(args.unlabelled or pool["dir"], data_record["view_size"], args, labelled=False)
         require_same({"unlabelled": pool["fingerprint"]}, {"unlabelled": pack.fingerprint}, f"{pack.folder} against {args.ensemble}",
                      "give the --unlabelled folder the ensemble was made from, or build it again")
         train = data.with_pool(train, pack)
     require_same({"pictures": ensemble["pictures"]}, {"pictures": len(train)}, args.ensemble, "build the ensemble again")
-    return train, val, data_record
+    return labelled, train, val, data_record
 
 
 def finish(output, train, val, recipe, seed, args):

@@ -74,6 +74,7 @@ class Subject:
         else:
             record = load(self.path)
             self.kind, self.files = record["kind"], [self.path]
+        self.suspicions = record.get("suspicions", {})  # an ensemble's, of the training and validation labels
         self.classes = record["data"]["classes"] if "data" in record else record["classes"]
         self.view_size = record["data"]["view_size"] if "data" in record else record["view_size"]
         self.data_record = record.get("data")  # an exported file does not say where its pictures were
@@ -195,13 +196,23 @@ def write_report(findings, subjects, answers, pictures, audited_sets, audit_line
                               for i in report.worst_mistakes(answers[shown, name], each.labels.numpy())}
     copies = [(c, *(audited_sets[c[of]].batch([c[row]])[0].numpy() for of, row in (("set", "row"), ("of_set", "of_row"))))
               for c in (findings["audit"] or {"copies": []})["copies"][:report.WORST]]
-    teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
-    suspicions = [({**s, "picture": each.path(s["row"]), "label": classes[s["label"]], "suggested": classes[s["suggested"]]}, each.batch([s["row"]])[0].numpy())
-                  for name, each in pictures.items()
-                  for s in audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())[:report.WORST]]
+    suspicions = [({**s, "label": classes[s["label"]], "suggested": classes[s["suggested"]]}, each.batch([s["row"]])[0].numpy())
+                  for each, found in doubtful_labels(subjects, answers, pictures, audited_sets) for s in found[:report.WORST]]
     report.write({**findings, "answers": answers, "pictures": pictures, "heatmaps": heatmaps, "shown": shown, "good_class": good,
                   "curves": {name: read_log(subject.path.parent / "log.csv") for name, subject in subjects.items() if subject.path.name == "best.pt"},
                   "audit_lines": audit_lines, "copies": copies, "suspicions": suspicions}, path)
+
+
+def doubtful_labels(subjects, answers, pictures, audited_sets):
+    """(Pictures, suspicions) per set: of train and val as build_ensemble.py found them, of the test sets from the teachers' answers."""
+    ensemble = next((subject for subject in subjects.values() if subject.kind == "ensemble"), None)
+    for name, found in (ensemble.suspicions if ensemble else {}).items():
+        if name in audited_sets and all(s["row"] < len(audited_sets[name]) and audited_sets[name].path(s["row"]) == s["picture"] for s in found):
+            yield audited_sets[name], found
+    teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
+    for name, each in pictures.items():
+        found = audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())
+        yield each, [{**s, "picture": each.path(s["row"])} for s in found]
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from common import audit, cli, data, models, training
 from common.checkpoints import exclusive
+from common.losses import class_weights
 from common.views import ViewRecipe, batch_plan, render
 
 STEPS = 600
@@ -47,7 +48,6 @@ def parse_arguments():
                    "next one's (default: 0.75 for transformers, 0.95 for CNNs)")
     cli.add_training_flags(p)
     p.add_argument("--label-smoothing", type=cli.fraction, default=0.1, help="share of the label spread over all classes")
-    p.add_argument("--balance-classes", action="store_true", help="weight classes by the inverse of their frequency")
     p.add_argument("--val-fraction", type=cli.open_fraction, default=0.2, help="share of train/ held out where there is no val/")
     p.add_argument("--group-regex", type=cli.regex, help="pictures whose path gives the same first match group stay on one side")
     p.add_argument("--split-seed", type=cli.natural, default=0, help="decides which pictures are held out")
@@ -111,9 +111,7 @@ def train_one(name, weights, train, val, data_record, recipe, steps, args, devic
     fine_tuned = args.pretrained or weights is not None
     backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
     groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay or layer_decay, args.backbone_lr or backbone_lr) if fine_tuned else ()))
-    class_weights = torch.ones(len(classes), device=device)
-    if args.balance_classes:
-        class_weights = len(train) / (len(classes) * torch.bincount(train.labels, minlength=len(classes))).to(device)
+    weights_of = class_weights(train.labels, len(classes)).to(device) if args.balance_classes else torch.ones(len(classes), device=device)
 
     def batches(first_step, steps):
         for indices, passes in batch_plan(len(train), args.batch_size, args.seed, first_step, steps):
@@ -122,7 +120,7 @@ def train_one(name, weights, train, val, data_record, recipe, steps, args, devic
     def loss(logits, labels):
         # Weights outside the cross-entropy: inside, torch would apply them to the smoothed share of other classes too.
         each = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing, reduction="none")
-        return (class_weights[labels] * each).mean()
+        return (weights_of[labels] * each).mean()
 
     record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
               "view_recipe": recipe.record(), "args": training.plain_args(args)}

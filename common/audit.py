@@ -18,7 +18,7 @@ from common.cli import UserError
 from common.data import Pictures, open_pack, open_test_sets, test_folders, whole
 from common.shortcuts import probe
 
-VERSION = 1  # raise it when the audit changes
+VERSION = 2  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 SHOWN = 3  # examples of each finding that are printed
 
@@ -98,7 +98,7 @@ def propose_groups(paths):
 def suspicious_labels(answers, labels):
     """Pictures whose label all teachers reject for the same other class, the most doubtful first.
 
-    answers: one float [N, K] of probabilities per teacher, on pictures these were not trained on; labels: int [N]. Of those, the ones
+    answers: one float [N, K] of probabilities per teacher; labels: int [N], -1 for none. Of those, the ones
     whose mean probability for the other class reaches what pictures labelled so have on average (confident
     learning, Northcutt et al. 2021). Returns dicts with row, label, suggested, probability.
     """
@@ -112,22 +112,27 @@ def suspicious_labels(answers, labels):
     return [{"row": int(i), "label": int(labels[i]), "suggested": int(suggested[i]), "probability": float(mean[i].max())} for i in rows[np.argsort(doubt)]]
 
 
-def check(train, val, record, args):
-    """Audit what belongs to a training run and print it; UserError where test pictures are among the training ones.
+def look(train, val, record, args):
+    """Audit what belongs to a training run, print what was found, and return it.
 
-    record: of `data.open_training_data`; args: data flags and allow_leakage. Returns the findings. Costs seconds for
-    thousands of pictures the first time and nothing while they stay the same.
+    record: of `data.open_training_data`; args: data flags. Costs seconds for thousands of pictures the first time and nothing
+    while they stay the same.
     """
     folder, classes = record["dir"], record["classes"]
     sets = all_sets(train, val, record, open_test_sets(test_folders(folder), record["view_size"], classes, args), args)
     found = audit(sets, args.cache_dir)
     for line in describe(found, classes, record["group_regex"]):
         print(f"audit: {line}")
-    leaks = [c for c in found["copies"] if c["kind"] != "near" and c["of_set"] in ("train", "val") and c["set"] not in ("val", "unlabelled")]
-    if leaks and not args.allow_leakage:
-        raise UserError(f"{folder}: {len(leaks)} test pictures are among the training pictures ({leaks[0]['picture']} = {leaks[0]['of']}); "
-                        "--drop-leaks leaves them out of training, --allow-leakage goes on")
     return found
+
+
+def check(train, val, record, args):
+    """`look`, and raise a UserError where test pictures are among the training ones, unless args.allow_leakage."""
+    leaks = [c for c in look(train, val, record, args)["copies"]
+             if c["kind"] != "near" and c["of_set"] in ("train", "val") and c["set"] not in ("val", "unlabelled")]
+    if leaks and not args.allow_leakage:
+        raise UserError(f"{record['dir']}: {len(leaks)} test pictures are among the training pictures ({leaks[0]['picture']} = {leaks[0]['of']}); "
+                        "--drop-leaks leaves them out of training, --allow-leakage goes on")
 
 
 def describe(found, classes, group_regex=None):

@@ -92,6 +92,7 @@ def add_training_flags(p):
     p.add_argument("--warmup", type=fraction, default=0.1, help="share of all steps with rising learning rate")
     p.add_argument("--ema-decay", type=fraction, default=0.998, help="decay per step of the averaged weights; 0 is off")
     p.add_argument("--clip-grad", type=non_negative_float, default=1.0, help="largest gradient norm; 0 is off")
+    p.add_argument("--balance-classes", action="store_true", help="weight labelled pictures by the inverse of their class's frequency")
     p.add_argument("--resume", action="store_true", help="go on from last.pt of an interrupted run")
     p.add_argument("--overwrite", action="store_true", help="replace a run that is already in the output folder")
 

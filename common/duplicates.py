@@ -20,8 +20,9 @@ ALIKE = 0.7  # correlation of thumbnails from which that is worth while
 ROUGH, FINE = 64, 128  # sides in px at which candidates, and then the best of them, are compared
 CROPS = {ROUGH: (1.0, 0.975, 0.95, 0.925, 0.9), FINE: tuple(1 - k / 80 for k in range(9))}  # shares of the side that a copy may show
 SHIFT = 0.1  # of the side, the largest between two copies
-LIKENESS = {ROUGH: 0.85, FINE: 0.7}  # from which a pair counts as copies, by the side it could be compared at; a pair must
-# reach FINE's at the rough side to be compared at the fine one. Measured by tests/benchmarks/near_duplicates.py.
+WORTH = 0.7  # likeness at the rough side from which a pair is compared at the fine one
+LIKENESS = {ROUGH: 0.85, FINE: 0.76}  # from which a pair counts as copies, by the side it could be compared at; measured by
+# tests/benchmarks/near_duplicates.py: two screws of one kind in one pose reach 0.75
 BLOCK = 128  # pictures at a time: larger ones leave the processor's cache, and take twice as long
 
 
@@ -56,7 +57,7 @@ def near_copies(pictures, begin, threshold=None, known=()):
             best = best[correlation.numpy()[best] >= ALIKE]
             scores = compare(pictures, i[best], j[best], symmetry[best], ROUGH)
             if side == FINE:
-                best = best[scores >= LIKENESS[FINE]]
+                best = best[scores >= WORTH]
                 scores = compare(pictures, i[best], j[best], symmetry[best], FINE)
             found += [(int(i[k]), int(j[k]), float(score)) for k, score in zip(best, scores) if score >= threshold]
     return found

@@ -6,6 +6,7 @@ TorchScript and FX quantisation are deprecated upstream (both warn), so all of i
 import copy
 import json
 import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -147,10 +148,12 @@ def load_exported(path):
     """(TorchScript module, metadata dict) of an exported file. Raises UserError for a foreign one."""
     extra = {"metadata.json": ""}
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
+            raise ValueError(f"{damaged} is damaged")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit")
             module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
         return module, json.loads(extra["metadata.json"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error).strip() or "no metadata").splitlines()[0][:120]
         raise UserError(f"{path}: not a student.ts of this project ({reason}); export it with distill.py")

@@ -18,24 +18,32 @@ def mixture(logits, temperatures, weights, tau=1.0):
     return q
 
 
-def labelled_cross_entropy(logits, labels):
-    """Mean cross-entropy over the pictures that have a label (label >= 0); 0 when none has."""
-    labelled = (labels != UNLABELLED).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / labelled
+def class_weights(labels, classes):
+    """w_c = N / (K N_c) for labels int64 [N] of K classes: all classes weigh alike, and pictures 1 on average. float32 [K]."""
+    return len(labels) / (classes * torch.bincount(labels, minlength=classes))
 
 
-def distillation_loss(logits, labels, soft_targets, alpha, tau):
+def labelled_cross_entropy(logits, labels, weights=None):
+    """Mean cross-entropy over the pictures that have a label (label >= 0), times their class's weight; 0 when none has."""
+    each = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="none")
+    if weights is not None:
+        each = each * weights[labels.clamp(min=0)]
+    return each.sum() / (labels != UNLABELLED).sum().clamp(min=1)
+
+
+def distillation_loss(logits, labels, soft_targets, alpha, tau, weights=None):
     """(1 - alpha) CE(s, y) + alpha tau^2 KL(q_tau || softmax(s / tau))   (Hinton et al. 2015).
 
     logits s: float [B, K]; labels y: int64 [B], -1 for unlabelled; soft_targets q_tau: float [B, K],
-    already softened by tau. CE is the mean over labelled pictures, KL is summed over classes and
-    averaged over the batch, and tau^2 keeps its gradient's size independent of tau, so alpha means
-    the same for every K and tau. alpha 0 never looks at the soft targets. Returns a scalar.
+    already softened by tau; weights: of the classes in CE, float [K] or None. CE is the mean over
+    labelled pictures, KL is summed over classes and averaged over the batch, and tau^2 keeps its
+    gradient's size independent of tau, so alpha means the same for every K and tau. alpha 0 never
+    looks at the soft targets. Returns a scalar.
     """
     if alpha == 0:
-        return labelled_cross_entropy(logits, labels)
+        return labelled_cross_entropy(logits, labels, weights)
     kl = F.kl_div(F.log_softmax(logits / tau, dim=1), soft_targets, reduction="batchmean")
-    return (1 - alpha) * labelled_cross_entropy(logits, labels) + alpha * tau**2 * kl
+    return (1 - alpha) * labelled_cross_entropy(logits, labels, weights) + alpha * tau**2 * kl
 
 
 def fit_temperature(logits, labels):

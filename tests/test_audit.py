@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+import build_ensemble
 import train_teacher
 from common import audit, data, duplicates, shortcuts
 from common.checkpoints import load
@@ -16,7 +17,7 @@ from common.synthetic import CLASSES, draw
 from conftest import call, make_set
 
 CHANGES = {
-    "encoded again": lambda im: encoded(im, "JPEG", quality=60),
+    "encoded again": lambda im: encoded(im, "JPEG", quality=75),
     "resized": lambda im: im.resize((im.width * 2 // 3, im.height * 2 // 3), Image.Resampling.BILINEAR),
     "brightened": lambda im: ImageEnhance.Brightness(im).enhance(1.25),
     "mirrored": lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -145,3 +146,16 @@ def test_labels_that_all_teachers_reject_are_ranked_by_doubt():
     assert [(s["row"], s["suggested"]) for s in found] == [(2, 1)]  # the teachers disagree about row 5
     assert found[0]["probability"] == pytest.approx(0.925)
     assert audit.suspicious_labels([], labels) == []
+
+
+def test_the_ensemble_doubts_a_label_that_its_teachers_reject_in_the_mean_over_views(tiny):
+    pack = data.open_pack(tiny.data / "test", 32, argparse.Namespace(cache_dir=tiny.runs / "packs", workers=1, skip_bad=False))
+    pictures = data.Pictures((pack, np.array([0, 1, 20, 21, 40, 41])))  # two of each class
+    sure, against = 4 * torch.eye(3)[pictures.labels], 4 * torch.eye(3)[[0, 1, 1, 1, 2, 2]]
+    against[1] *= 2
+    plain, turned = torch.stack([sure, against]).numpy(), torch.stack([against, 2 * against])  # both teachers doubt the second view alone
+    combination = {"temperatures": [1.0, 2.0]}
+    assert build_ensemble.doubts(pictures, [plain], combination) == []
+    pooled = torch.cat([turned, torch.zeros(2, 5, 3)], 1).numpy()  # unlabelled pictures stand behind
+    found, = build_ensemble.doubts(pictures, [plain, *20 * [pooled]], combination)
+    assert found["picture"] == pictures.path(1) == "test/cross/c001.png" and (found["label"], found["suggested"]) == (0, 1)

@@ -16,10 +16,12 @@ import torch
 import distill
 from common import data
 from common.checkpoints import load
+from common.cli import UserError
 from common.export import correct_head, float_trunk, load_exported
 from common.models import load_model
 from common.operating_point import choose_threshold, pictures_needed, rates, wilson
 from conftest import ROOT, SIDE, call
+from infer import overlay
 
 SCORES = np.array([0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.05])
 DEFECTIVE = np.array([True, True, True, True, False, False, False, False])
@@ -112,6 +114,14 @@ def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, tiny):
     assert (floats.argmax(1) == first.argmax(1)).float().mean() > 0.8
 
 
+def test_int8_heatmaps_differ_from_float_ones_by_no_more_than_7_bits_can(edge, tiny):
+    pictures = torch.from_numpy(np.stack([data.read_picture(f) for f in sorted((tiny.data / "test").rglob("*.png"))]))
+    maps, its_maps = (load_exported(edge / name)[0].explain(pictures)[1].flatten() for name in ("student.ts", "student.int8.ts"))
+    its_maps = its_maps * (maps @ its_maps) / (its_maps @ its_maps)  # each file has a temperature of its own
+    error = (maps - its_maps).norm() / maps.norm()
+    assert 1e-3 < error < 0.2, error
+
+
 def test_the_corrected_head_gives_back_the_mean_logits(edge):
     student, _ = load_model(edge / "best.pt", torch.device("cpu"))
     pixels = 255 * torch.rand(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -159,6 +169,18 @@ def test_heatmaps_are_written_for_every_picture(edge, tiny, tmp_path):
     run = run_infer("--model", edge / "student.ts", "--heatmap", tmp_path / "maps", tiny.data / "test" / "cross")
     assert run.returncode == 0, run.stderr
     assert len(list((tmp_path / "maps").glob("*.jpg"))) == 20
+
+
+def test_red_lies_where_the_evidence_for_the_likeliest_defect_exceeds_that_for_good():
+    picture = np.full((64, 64, 3), 100, np.uint8)
+    maps = torch.zeros(3, 4, 4)
+    maps[1, 0, 3], maps[0, 0, 3], maps[0, 2, 1] = 12.0, 2.0, 20.0  # defect 1 above right; good (0) is surer of another place
+    maps[2, 3, 0] = 30.0  # a defect that is not the likeliest
+    image, defect = overlay(picture, maps, [0.1, 0.6, 0.3], 0)
+    red = np.asarray(image).astype(int)[..., 0] - np.asarray(image).astype(int)[..., 2]
+    height, width = red.shape
+    assert defect == 1 and red[height // 8, -width // 8] > 60
+    assert np.abs(red[height // 2:]).max() <= 2 and np.abs(red[:, :width // 2]).max() <= 2
 
 
 def start_watch(edge, folder):
@@ -209,15 +231,21 @@ def test_a_watched_folder_is_judged_once_and_whole_across_a_kill_and_half_writte
     assert "error" in lines[-1] and all("decision" in line for line in lines[:-1])
 
 
-@pytest.mark.parametrize("damage", ["foreign", "cut"])
-def test_a_foreign_or_truncated_file_is_refused_in_one_line(edge, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["foreign", "cut", "one bit of a weight"])
+def test_a_foreign_truncated_or_damaged_file_is_refused_in_one_line(edge, tmp_path, damage):
     file = tmp_path / "student.ts"
+    content = bytearray((edge / "student.ts").read_bytes())
     if damage == "foreign":
         torch.save({"a": 1}, file)
+    elif damage == "cut":
+        file.write_bytes(content[:100_000])
     else:
-        file.write_bytes((edge / "student.ts").read_bytes()[:100_000])
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     run = run_infer("--model", file, ROOT)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "export it again" in run.stderr
+    with pytest.raises(UserError, match="export it"):
+        load_exported(file)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")

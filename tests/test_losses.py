@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.losses import distillation_loss, fit_temperature, fit_weights, mixture
+from common.losses import class_weights, distillation_loss, fit_temperature, fit_weights, mixture
 
 LN3 = math.log(3)
 HALF = torch.tensor([[0.5, 0.5]])
@@ -51,6 +51,15 @@ def test_unlabelled_pictures_skip_the_label_term_alone():
     assert torch.allclose(distillation_loss(s, torch.tensor([2, -1, -1]), q, 0.5, 1.0), 0.5 * ce + 0.5 * kl)
     none = distillation_loss(s, torch.tensor([-1, -1, -1]), q, 0.5, 1.0)
     assert torch.allclose(none, 0.5 * kl)
+
+
+def test_balanced_classes_weigh_alike_and_unlabelled_pictures_do_not_count():
+    labels = torch.tensor([0, 0, 0, 1])
+    weights = class_weights(labels, 2)
+    assert weights.tolist() == pytest.approx([4 / 6, 2.0])
+    s = torch.tensor([[LN3, 0.0]]).expand(5, 2)  # CE is ln 4/3 for class 0, ln 4 for class 1
+    loss = distillation_loss(s, torch.tensor([0, 0, 0, 1, -1]), None, 0.0, 1.0, weights)
+    assert float(loss) == pytest.approx((3 * 4 / 6 * math.log(4 / 3) + 2 * math.log(4)) / 4)
 
 
 def test_mixture_is_over_probabilities_with_temperatures():

@@ -8,7 +8,7 @@ Runs the five scripts as a user would, in runs/accuracy/<set>/seed_N/; a stage t
 seed whose rows are in the CSV is skipped. The seed chooses the labelled pictures, initialisation, order and views. Of each class,
 `labelled` pictures train and half as many (at least 4) validate; with a pool, the other training pictures lose their labels.
 
-    data/<folder>/{train,test}/<class>/*          the sets below
+    data/<folder>/{train,test}/<class>/*          the sets below; elpv comes from `pip install elpv-dataset`, embedded is drawn
     weights/<timm name>.safetensors               of the pretrained teachers
 
 Students start from scratch: no pretrained ResNet18 is at hand. All have the same steps, views and rule of selection.
@@ -27,8 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.data import EMBEDDED, data_folder  # noqa: E402
+
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
 FIELDS = ("set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
@@ -54,6 +59,8 @@ TASKS = {
     "neu_cls_10": Task("neu_cls", 10, True, 98, 400, 150, 6),
     "neu_cls_40": Task("neu_cls", 40, True, 98, 400, 150, 6),
     "screw_missing_10": Task("screw_missing", 10, True, 98, 400, 150, 6, r"^(\d+)_"),
+    "elpv_100": Task("elpv", 100, True, 98, 400, 150, 6),  # good or defective solar cells, 300 labels with those of val
+    "embedded": Task("embedded", 0, True, 98, 400, 150, 6),  # with pretrained teachers, other than in the README's first table
     "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, 6),
 }
 
@@ -86,6 +93,24 @@ def lay_out(task, source, home, seed):
         if file.is_file():
             link(file, folder / file.relative_to(source))
     (folder / "done").touch()
+    return folder
+
+
+def source_of(task, args, home, seed):
+    """The set's own ImageFolder: a folder of --data, or solar cells written out, 30 % of each class for testing."""
+    folder = home / "source"
+    if task.folder != "elpv":
+        return Path(args.data) / task.folder
+    if not (folder / "done").is_file():
+        from elpv_dataset.utils import load_dataset
+        pictures, defect_probabilities, _ = load_dataset()
+        rng = np.random.default_rng(seed)
+        for name, rows in (("good", np.flatnonzero(defect_probabilities < 0.5)), ("defective", np.flatnonzero(defect_probabilities >= 0.5))):
+            for place, row in enumerate(rng.permutation(rows)):
+                target = folder / ("test" if place < 0.3 * len(rows) else "train") / name / f"{row:04d}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pictures[row]).save(target)
+        (folder / "done").touch()
     return folder
 
 
@@ -135,7 +160,7 @@ def stages(task, data, home, weights, seed):
 def run(task, name, seed, args):
     """Run what is missing of one set and seed, then append its rows to the CSV."""
     home = Path(args.output) / name / f"seed_{seed}"
-    data = lay_out(task, Path(args.data) / task.folder, home, seed)
+    data = data_folder(EMBEDDED) if task.folder == "embedded" else lay_out(task, source_of(task, args, home, seed), home, seed)
     log = home / "seconds.json"
     seconds = json.loads(log.read_text()) if log.is_file() else {}
     for stage, words in stages(task, data, home, Path(args.weights), seed):

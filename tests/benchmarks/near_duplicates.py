@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from common import data, duplicates  # noqa: E402
 
-SIDE = 128
+SIDE = 224  # px of the packs, as by default
 
 
 def encoded(image, quality=50):
@@ -82,12 +82,13 @@ def measure(folder, peer):
     known = set(duplicates.exact_copies([image.tobytes() for image in (*train, *test)], np.repeat([0, len(train)], [len(train), len(test)])))
     copied = {i - len(train) for i, _ in known}
     fresh = [image for i, image in enumerate(test) if i not in copied]
-    earlier, thresholds = pack(train), sorted({0.6, 0.8, duplicates.LIKENESS[duplicates.FINE]})
+    earlier, thresholds = pack(train), sorted({0.7, 0.75, 0.8, 0.85, duplicates.LIKENESS[duplicates.FINE]})
     planted_pack, fresh_pack = pack(planted), pack(fresh)
     print(f"\n{folder.name}: {len(train)} earlier pictures, {len(planted)} planted copies, {len(fresh)} test pictures that are no exact copies")
+    all_found, seconds = search(earlier, planted_pack, thresholds[0])
+    all_alike, its_seconds = search(earlier, fresh_pack, thresholds[0])
     for threshold in thresholds:
-        found, seconds = search(earlier, planted_pack, threshold)
-        alike, its_seconds = search(earlier, fresh_pack, threshold)
+        found, alike = ({k: pair for k, pair in each.items() if pair[1] >= threshold} for each in (all_found, all_alike))
         hit = np.array([found.get(k, (None,))[0] == i for k, i in enumerate(originals)])
         print(f"  threshold {threshold:.2f}{' (in use)' if threshold == duplicates.LIKENESS[duplicates.FINE] else ''}: recall {hit.mean():.3f} ("
               + ", ".join(f"{kind} {hit[[k == kind for k in kinds]].mean():.2f}" for kind in CHANGES)
