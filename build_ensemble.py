@@ -35,6 +35,8 @@ def parse_arguments():
     p.add_argument("--unlabelled", metavar="DIR", help="pictures without labels that take part in distillation "
                    "(default: unlabelled/ in the data folder where there is one; 'none' for none)")
     p.add_argument("--weights", choices=["fitted", "equal"], default="fitted", help="of the teachers in the mixture")
+    p.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
+                   help="change the views from those the teachers were trained on, as in zoom_min=0.6 (see common/views.py)")
     p.add_argument("--check", type=cli.positive_int, metavar="N",
                    help="instead of building, recompute N stored picture-views and compare")
     p.add_argument("--data-dir", help="the pictures' folder (default: where the teachers found them)")
@@ -67,7 +69,7 @@ def build(args, watch):
         audit.look(labelled, val, data_record, args)
     for path, record in zip(paths, records):
         print(f"teacher {path}: {record['model']} at {record['img_size']} px")
-    recipe_record = records[0]["view_recipe"]
+    recipe_record = recipe_from_record(records[0]["view_recipe"]).changed(args.view_recipe).record()
     spec = {"schema": SCHEMA, "teachers": [{"path": str(path), "sha256": file_sha256(path), "model": record["model"],
                                             "img_size": record["img_size"]} for path, record in zip(paths, records)],
             "data": data_record, "unlabelled": pool, "pictures": len(train), "view_recipe": recipe_record,

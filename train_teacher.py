@@ -63,7 +63,7 @@ def parse_arguments():
 
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
-    recipe = ViewRecipe.parse(args.view_recipe)
+    recipe = ViewRecipe().changed(args.view_recipe)
     weights = args.weights or [None] * len(args.model)
     if len(weights) != len(args.model):
         raise cli.UserError(f"--weights names {len(weights)} files for {len(args.model)} models; give one for each")

@@ -8,7 +8,7 @@ pixels, in any order, batch or process, and nothing about crops is stored.
 View 0 is the plain picture.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -45,10 +45,9 @@ class ViewRecipe:
         if not ok:
             raise UserError(f"--view-recipe: values out of range in {self}")
 
-    @classmethod
-    def parse(cls, settings):
-        """From words like 'rotate=10'; what is not named keeps its default."""
-        known = {field.name for field in fields(cls)}
+    def changed(self, settings):
+        """With settings such as 'rotate=10'; what is not named stays. Raises UserError for other words."""
+        known = {field.name for field in fields(self)}
         values = {}
         for word in settings:
             name, _, value = word.partition("=")
@@ -58,7 +57,7 @@ class ViewRecipe:
                 raise UserError(f"--view-recipe {word}: not NAME=NUMBER")
             if name not in known:
                 raise UserError(f"--view-recipe {word}: no such name; there are {', '.join(sorted(known))}")
-        return cls(**values)
+        return replace(self, **values)
 
     def record(self):
         """As plain data for artefacts."""

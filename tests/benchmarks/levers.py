@@ -1,0 +1,128 @@
+"""What is each lever of the recipe worth? One change at a time to the distilled student, on pictures that no table reports.
+
+    python tests/benchmarks/levers.py --data ../data --weights ../weights [--sets neu_cls_10 elpv_100] [--levers ...]
+    python tests/benchmarks/levers.py --table
+
+The test split stays shut: of the training pictures that accuracy.py would leave without a label, half keep that role and half are
+the development set that is scored here. Teachers are trained once per set and seed, with the seeds from 100 on, which no
+other benchmark uses. Restartable; rows are appended to a CSV.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from accuracy import TASKS, TEACHERS, lay_out, read, source_of, stages  # noqa: E402
+
+# lever: (teachers, flags of build_ensemble.py, flags of distill.py, steps as a multiple)
+LEVERS = {
+    "base": (TEACHERS, (), (), 1),
+    "stand-alone": (TEACHERS, (), ("--alpha", 0), 1),
+    "labelled pictures only": (TEACHERS, ("--unlabelled", "none"), (), 1),
+    "temperature 1": (TEACHERS, (), ("--temperature", 1), 1),
+    "temperature 4": (TEACHERS, (), ("--temperature", 4), 1),
+    "soft targets only (alpha 1)": (TEACHERS, (), ("--alpha", 1), 1),
+    "12 views": (TEACHERS, ("--views", 12), (), 1),
+    "crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), (), 1),
+    "twice the steps": (TEACHERS, (), (), 2),
+    "stand-alone, twice the steps": (TEACHERS, (), ("--alpha", 0), 2),
+    "transformer teacher alone": (TEACHERS[:1], (), (), 1),
+    "CNN teacher alone": (TEACHERS[1:], (), (), 1),
+    "equal weights": (TEACHERS, ("--weights", "equal"), (), 1),
+    "twice the learning rate": (TEACHERS, (), ("--lr", 2e-3), 1),
+    "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
+}
+FIELDS = ("set", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
+
+
+def development_folder(task, args, home, seed):
+    """As accuracy.py lays a set out, but with half of the unlabelled pictures, under their labels, for test/."""
+    folder = lay_out(task, source_of(task, args, home, seed), home, seed)
+    if not (folder / "development").is_file():
+        for file in (folder / "test").rglob("*.*"):
+            file.unlink()
+        classes = [p.name for p in (folder / "train").iterdir()]
+        for file in sorted((folder / "unlabelled").iterdir())[::2]:
+            label = next(c for c in classes if file.name.startswith(f"{c}_"))
+            file.rename(folder / "test" / label / file.name)
+        (folder / "development").touch()
+    return folder
+
+
+def call(script, *words):
+    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
+
+
+def run(name, seed, levers, args):
+    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
+    data = development_folder(task, args, home, seed)
+    done = {row["lever"] for row in read(args.csv) if (row["set"], row["seed"]) == (name, str(seed))}
+    teach = dict(stages(task, data, home, Path(args.weights), seed))["teachers"]
+    if not all((home / teacher / "best.pt").is_file() for teacher in TEACHERS):
+        call(*teach)
+    for lever in [lever for lever in levers if lever not in done]:
+        print(f"== {name} seed {seed}: {lever}", flush=True)
+        teachers, ensemble_flags, student_flags, factor = LEVERS[lever]
+        key = "_".join(map(str, (len(teachers), teachers[0][:3], *ensemble_flags))).replace("/", "")
+        ensemble, student = home / f"ensemble_{key}", home / f"student_{list(LEVERS).index(lever)}"
+        call("build_ensemble.py", *(home / teacher / "best.pt" for teacher in teachers), *(() if "--views" in ensemble_flags else ("--views", task.views)),
+             *ensemble_flags, "--output", ensemble, "--seed", seed)
+        pictures = json.loads((ensemble / "ensemble.json").read_text())["pictures"]
+        epochs = max(1, round(factor * task.steps / -(-pictures // 24)))
+        call("distill.py", ensemble, *student_flags, "--epochs", epochs, "--output", student, "--seed", seed, "--overwrite")
+        call("evaluate.py", student / "best.pt", "--data-dir", data, "--output", student / "report")
+        (result,) = json.loads((student / "report" / "metrics.json").read_text())["models"].values()
+        log = list(csv.DictReader(open(student / "log.csv")))[-1]
+        scores = result["sets"]["test"]
+        new = not Path(args.csv).is_file()
+        with open(args.csv, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerows([FIELDS] * new + [(name, seed, lever, scores["n"], *(round(scores[k], 5) for k in ("accuracy", "balanced_accuracy", "nll")),
+                                                log["steps"], log["seconds"])])
+
+
+def print_table(rows):
+    """Balanced accuracy per set and the mean over sets of the difference to base, with its standard error over sets and seeds."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    found = {(row["lever"], row["set"], row["seed"]): 100 * float(row["balanced_accuracy"]) for row in rows}
+    print(f"| lever | {' | '.join(sets)} | minus base |\n|---|{'---|' * len(sets)}---|")
+    for lever in dict.fromkeys(row["lever"] for row in rows):
+        cells = []
+        for name in sets:
+            values = [v for (of, its, _), v in found.items() if (of, its) == (lever, name)]
+            cells.append(f"{np.mean(values):.1f}" if values else "")
+        gains = [v - found["base", its, seed] for (of, its, seed), v in found.items() if of == lever and ("base", its, seed) in found]
+        spread = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        print(f"| {lever} | {' | '.join(cells)} | {'' if lever == 'base' else f'{np.mean(gains):+.1f}{spread}'} |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", help="folder that holds the sets' folders")
+    p.add_argument("--weights", help="folder with the teachers' weight files")
+    p.add_argument("--sets", nargs="+", default=["neu_cls_10", "elpv_100"], metavar="NAME")
+    p.add_argument("--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS), metavar="NAME")
+    p.add_argument("--seeds", type=int, nargs="+", default=[100])
+    p.add_argument("--output", default="runs/levers")
+    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")))
+    p.add_argument("--table", action="store_true", help="print the table of the CSV, and end")
+    args = p.parse_args()
+    if not args.table:
+        if not (args.data and args.weights):
+            p.error("--data and --weights are needed to run anything")
+        for seed in args.seeds:
+            for name in args.sets:
+                run(name, seed, args.levers, args)
+    print_table(read(args.csv))
+
+
+if __name__ == "__main__":
+    main()
