@@ -192,7 +192,7 @@ def write_report(findings, subjects, answers, pictures, audited_sets, audit_line
     if subjects[shown].kind == "exported":
         module = load_exported(subjects[shown].path)[0]
         for name, each in pictures.items():
-            heatmaps[name] = {int(i): heatmap(module, each.batch([i])[0], classes.index(good) if good else None)
+            heatmaps[name] = {int(i): np.asarray(overlay(module, each.batch([i])[0].numpy(), subjects[shown].view_size, classes.index(good) if good else None)[0])
                               for i in report.worst_mistakes(answers[shown, name], each.labels.numpy())}
     copies = [(c, *(audited_sets[c[of]].batch([c[row]])[0].numpy() for of, row in (("set", "row"), ("of_set", "of_row"))))
               for c in (findings["audit"] or {"copies": []})["copies"][:report.WORST]]
@@ -213,13 +213,6 @@ def doubtful_labels(subjects, answers, pictures, audited_sets):
     for name, each in pictures.items():
         found = audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())
         yield each, [{**s, "picture": each.path(s["row"])} for s in found]
-
-
-@torch.inference_mode()
-def heatmap(module, picture, good):
-    """infer.py's overlay as uint8 [H, W, 3] for a uint8 picture [S, S, 3]."""
-    probabilities, maps = module.explain(picture)
-    return np.asarray(overlay(picture.numpy(), maps[0], probabilities[0].tolist(), good)[0])
 
 
 def read_log(path):

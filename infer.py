@@ -27,13 +27,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
 MAX_PIXELS = 80_000_000
 FIELDS = ("path", "decision", "class", "probability", "defect_score")
 POLL, SETTLE = 0.1, 2.0  # seconds between two looks at a watched folder; age at which an unreadable file counts as bad
-FULL_HEAT = 6.0  # least logits of evidence for a defect over good, at one place, that are drawn in full red
+PLACES, COVER = 8, 0.3  # places per side that a heatmap covers in turn; radius of a cover, as a share of half the side
+FULL_HEAT = 2.0  # least nats by which covering a place must weaken the defect for that place to be drawn in full red
 
 
 def fail(message):
@@ -141,7 +143,7 @@ class Judge:
     """Student, operating point and where heatmaps go: picture -> verdict."""
 
     def __init__(self, student, metadata, review_band=None, heatmap=None):
-        self.student, self.classes, self.heatmap = student, metadata["classes"], heatmap
+        self.student, self.classes, self.view_size, self.heatmap = student, metadata["classes"], metadata["view_size"], heatmap
         point = metadata.get("operating_point")
         self.good = self.classes.index(metadata["good_class"]) if metadata.get("good_class") else None
         self.threshold = point["threshold"] if point else None
@@ -150,18 +152,13 @@ class Judge:
     @torch.inference_mode()
     def __call__(self, path, picture):
         """The verdict on one uint8 [H, W, 3] picture, as plain data with FIELDS and all probabilities."""
-        pixels = torch.from_numpy(picture)
-        if self.heatmap:
-            probabilities, maps = self.student.explain(pixels)
-        else:
-            probabilities, maps = self.student(pixels), None
-        p = probabilities[0].tolist()
+        p = self.student(torch.from_numpy(picture))[0].tolist()
         best = max(range(len(p)), key=p.__getitem__)
         score = None if self.good is None else 1.0 - p[self.good]
         verdict = {"path": str(path), "decision": self.decide(score), "class": self.classes[best], "probability": p[best],
                    "defect_score": score, "probabilities": dict(zip(self.classes, p))}
-        if maps is not None:
-            self.draw(verdict, picture, maps[0], p)
+        if self.heatmap and verdict["decision"] != "PASS":
+            self.draw(verdict, picture)
         return verdict
 
     def decide(self, score):
@@ -170,9 +167,9 @@ class Judge:
         low, high = self.band
         return "REJECT" if score >= high else "REVIEW" if score >= low else "PASS"
 
-    def draw(self, verdict, picture, maps, p):
+    def draw(self, verdict, picture):
         """Write the overlay of the likeliest defect, with a line that says what was decided."""
-        image, defect = overlay(picture, maps, p, self.good)
+        image, defect = overlay(self.student, picture, self.view_size, self.good)
         sheet = Image.new("RGB", (image.width, image.height + 18), "white")
         sheet.paste(image, (0, 18))
         text = f"{verdict['decision'] or ''} {verdict['class']} {verdict['probability']:.2f}; red: {self.classes[defect]}"
@@ -181,18 +178,34 @@ class Judge:
         sheet.save(Path(self.heatmap) / (Path(name).stem + ".jpg"), quality=90)
 
 
-def overlay(picture, maps, p, good):
-    """(image, class number): the picture with red where the likeliest defect's evidence is, compared with the good class.
-
-    picture: uint8 [H, W, 3]; maps: float [K, h, w] and p: K probabilities, from the student's `explain`; good: its number or None.
-    """
-    defect = max((c for c in range(len(p)) if c != good), key=p.__getitem__)
-    evidence = (maps[defect] - (maps[good] if good is not None else maps.mean(0))).clamp(min=0)
-    heat = (evidence / evidence.max().clamp(min=FULL_HEAT)).numpy()  # weak evidence stays pale, strong keeps its contrast
+def overlay(student, picture, side, good):
+    """(image, class number): the picture, uint8 [H, W, 3], with red where the `evidence` for its likeliest defect is."""
+    heat, defect = evidence(student, picture, side, good)
     image = ImageOps.contain(Image.fromarray(picture), (480, 480))
     mask = Image.fromarray((heat * 160).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     image.paste((230, 20, 20), mask=mask)
     return image, defect
+
+
+@torch.inference_mode()
+def evidence(student, picture, side, good):
+    """(heat, class number): float [PLACES, PLACES] in 0..1, by how much covering each place weakens the likeliest defect.
+
+    Occlusion (Zeiler and Fergus 2014): each place in turn is blurred away, softly, and the change of log p(defect) - log p(good) counts.
+    Costs PLACES^2 more pictures through the student; its own `explain` is free, but points worse (tests/benchmarks/heatmaps.py).
+    picture: uint8 [H, W, 3]; side: the student's view size in px; good: number of the good class or None.
+    """
+    frame = F.interpolate(torch.from_numpy(picture).permute(2, 0, 1)[None], size=(side, side), mode="bilinear", antialias=True)
+    blurred = F.interpolate(F.interpolate(frame.float(), size=(4, 4), mode="area"), size=(side, side), mode="bilinear")
+    pixel, place = ((torch.arange(n) * 2 + 1) / n - 1 for n in (side, PLACES))
+    near = torch.exp(-((pixel - place[:, None]) / COVER).square())
+    covers = (near[:, None, :, None] * near[None, :, None, :]).flatten(0, 1)[:, None]
+    covered = (frame + covers * (blurred - frame)).round().to(torch.uint8)
+    log_p = torch.cat([student(part) for part in (frame, *covered.split(16))]).clamp(min=1e-9).log()
+    defect = max((c for c in range(log_p.shape[1]) if c != good), key=log_p[0].__getitem__)
+    lead = log_p[:, defect] - (log_p[:, good] if good is not None else 0.0)
+    weakened = (lead[0] - lead[1:]).clamp(min=0).view(PLACES, PLACES)
+    return (weakened / weakened.max().clamp(min=FULL_HEAT)).numpy(), defect  # weak evidence stays pale
 
 
 def printer(form):
@@ -302,7 +315,8 @@ def parse_arguments():
     form.add_argument("--csv", dest="form", action="store_const", const="csv", help="comma-separated, with a header")
     p.add_argument("--review-band", nargs=2, type=float, metavar=("LOW", "HIGH"),
                    help="defect scores from LOW to below HIGH are neither passed nor rejected: REVIEW")
-    p.add_argument("--heatmap", metavar="DIR", help="also write each picture with red over the evidence for a defect")
+    p.add_argument("--heatmap", metavar="DIR", help="also write each picture that does not pass with red over the evidence for a defect "
+                   f"({PLACES}x{PLACES} more pictures through the student)")
     p.add_argument("--watch", metavar="DIR", help="judge pictures as they arrive in DIR, each once, until stopped")
     p.add_argument("--record", metavar="FILE", help="what --watch has judged (default: DIR/judged.jsonl)")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")

@@ -28,7 +28,8 @@ figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top;
 svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 11px system-ui, sans-serif } .axis { stroke: var(--ink) } .grid { stroke: var(--line) }
 .pictures { display: flex; flex-wrap: wrap; gap: .6rem } .pictures figure { margin: 0; width: 9rem } .pictures img { width: 100%; image-rendering: auto; display: block }
 nav a { margin-right: 1rem } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem } a { color: inherit }
-@media print { body { max-width: none; font-size: 11px } nav { display: none } h2 { break-after: avoid } figure, tr { break-inside: avoid } }
+@media print { body { max-width: none; font-size: 11px } nav { display: none } h2, h3 { break-after: avoid } figure, tr { break-inside: avoid }
+  .scroll { overflow: visible } table { font-size: 9px } th, td { white-space: normal; padding: .1rem .3rem } td:first-child { overflow-wrap: anywhere } svg { width: 16rem } pre { font-size: 8px } }
 """
 
 
@@ -234,7 +235,7 @@ def mistakes(f, set_name, pictures, probabilities, labels):
         heat = f["heatmaps"].get(set_name, {}).get(int(i))
         figures.append(f"<figure>{picture(pictures.batch([i])[0].numpy(), text)}{picture(heat, 'evidence') if heat is not None else ''}"
                        f"<figcaption>{escape(text)}<br>{escape(pictures.path(i))}</figcaption></figure>")
-    return f"<p>The most confident of {count} mistakes; red: evidence for a defect against the good class.</p><div class='pictures'>{''.join(figures)}</div>"
+    return f"<p>The most confident of {count} mistakes; red: where covering the picture weakens the likeliest defect.</p><div class='pictures'>{''.join(figures)}</div>"
 
 
 def curves(f):

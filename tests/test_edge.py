@@ -165,22 +165,26 @@ def test_infer_decides_by_the_threshold_and_reviews_in_the_band(edge, tiny):
     assert info["precision"] == "int8" and info["classes"] == ["cross", "level", "upright"]
 
 
-def test_heatmaps_are_written_for_every_picture(edge, tiny, tmp_path):
-    run = run_infer("--model", edge / "student.ts", "--heatmap", tmp_path / "maps", tiny.data / "test" / "cross")
+def test_heatmaps_are_written_for_what_does_not_pass(edge, tiny, tmp_path):
+    run = run_infer("--model", edge / "student.ts", "--heatmap", tmp_path / "maps", "--json", tiny.data / "test")
     assert run.returncode == 0, run.stderr
-    assert len(list((tmp_path / "maps").glob("*.jpg"))) == 20
+    rejected = {Path(v["path"]).stem for v in map(json.loads, run.stdout.splitlines()) if v["decision"] == "REJECT"}
+    assert 35 < len(rejected) < 60 and {file.stem.split("_")[-1] for file in (tmp_path / "maps").glob("*.jpg")} == rejected
 
 
-def test_red_lies_where_the_evidence_for_the_likeliest_defect_exceeds_that_for_good():
-    picture = np.full((64, 64, 3), 100, np.uint8)
-    maps = torch.zeros(3, 4, 4)
-    maps[1, 0, 3], maps[0, 0, 3], maps[0, 2, 1] = 12.0, 2.0, 20.0  # defect 1 above right; good (0) is surer of another place
-    maps[2, 3, 0] = 30.0  # a defect that is not the likeliest
-    image, defect = overlay(picture, maps, [0.1, 0.6, 0.3], 0)
+def test_red_lies_where_covering_the_picture_weakens_the_likeliest_defect():
+    def student(frames):  # class 1 looks for something bright above right, class 2, never the likeliest, below left
+        frames = frames.float() / 255
+        return torch.softmax(torch.stack([torch.full((len(frames),), 0.5), 9 * frames[:, :, 4:12, 52:60].mean((1, 2, 3)),
+                                          5 * frames[:, :, 52:60, 4:12].mean((1, 2, 3))], 1), 1)
+
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[4:12, 52:60] = picture[52:60, 4:12] = 255
+    image, defect = overlay(student, picture, 64, 0)
     red = np.asarray(image).astype(int)[..., 0] - np.asarray(image).astype(int)[..., 2]
     height, width = red.shape
-    assert defect == 1 and red[height // 8, -width // 8] > 60
-    assert np.abs(red[height // 2:]).max() <= 2 and np.abs(red[:, :width // 2]).max() <= 2
+    assert defect == 1 and red[height // 5, -width // 5] > 60
+    assert np.abs(red[height // 2:, :width // 2]).max() <= 10
 
 
 def start_watch(edge, folder):
@@ -194,7 +198,7 @@ def record(folder):
     return [json.loads(line)["key"][0] for line in text.splitlines() if line.endswith("}")]
 
 
-def wait_until(condition, seconds=40):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
