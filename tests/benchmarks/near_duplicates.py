@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 from common import data, duplicates  # noqa: E402
 
-SIDE = 224  # px of the packs, as by default
 
 
 def encoded(image, quality=50):
@@ -57,8 +56,8 @@ def read(folder, limit=None):
     return [Image.fromarray(data.read_picture(file)) for file in files[:limit]], files
 
 
-def pack(images):
-    pixels = np.stack([data.resize(torch.from_numpy(np.array(image)), SIDE).numpy() for image in images])
+def pack(images, side):
+    pixels = np.stack([data.resize(torch.from_numpy(np.array(image)), side).numpy() for image in images])
     n = len(pixels)
     return data.whole(data.Pack(Path("made"), pixels, [str(i) for i in range(n)], np.zeros(n, int), [], "", [""] * n, [None] * n))
 
@@ -72,7 +71,7 @@ def search(earlier, later, lowest):
     return {i - len(earlier): (j, score) for i, j, score in found}, time.perf_counter() - start
 
 
-def measure(folder, peer):
+def measure(folder, side, peer):
     train, files = read(folder / "train")
     test, _ = read(folder / "test")
     rng = np.random.default_rng(0)
@@ -82,15 +81,16 @@ def measure(folder, peer):
     known = set(duplicates.exact_copies([image.tobytes() for image in (*train, *test)], np.repeat([0, len(train)], [len(train), len(test)])))
     copied = {i - len(train) for i, _ in known}
     fresh = [image for i, image in enumerate(test) if i not in copied]
-    earlier, thresholds = pack(train), sorted({0.7, 0.75, 0.8, 0.85, duplicates.LIKENESS[duplicates.FINE]})
-    planted_pack, fresh_pack = pack(planted), pack(fresh)
-    print(f"\n{folder.name}: {len(train)} earlier pictures, {len(planted)} planted copies, {len(fresh)} test pictures that are no exact copies")
+    in_use = duplicates.LIKENESS[duplicates.FINE if side >= duplicates.FINE else duplicates.ROUGH]
+    thresholds = sorted({0.7, 0.75, 0.8, 0.85, 0.9, in_use})
+    earlier, planted_pack, fresh_pack = (pack(images, side) for images in (train, planted, fresh))
+    print(f"\n{folder.name}: {len(train)} earlier pictures, at {side} px, {len(planted)} planted copies, {len(fresh)} test pictures that are no exact copies")
     all_found, seconds = search(earlier, planted_pack, thresholds[0])
     all_alike, its_seconds = search(earlier, fresh_pack, thresholds[0])
     for threshold in thresholds:
         found, alike = ({k: pair for k, pair in each.items() if pair[1] >= threshold} for each in (all_found, all_alike))
         hit = np.array([found.get(k, (None,))[0] == i for k, i in enumerate(originals)])
-        print(f"  threshold {threshold:.2f}{' (in use)' if threshold == duplicates.LIKENESS[duplicates.FINE] else ''}: recall {hit.mean():.3f} ("
+        print(f"  threshold {threshold:.2f}{' (in use)' if threshold == in_use else ''}: recall {hit.mean():.3f} ("
               + ", ".join(f"{kind} {hit[[k == kind for k in kinds]].mean():.2f}" for kind in CHANGES)
               + f"), test pictures named {len(alike) / len(fresh):.3f}, {seconds + its_seconds:.1f} s")
     if peer:
@@ -131,11 +131,12 @@ def scale(n):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--sets", nargs="+", type=Path, default=[], metavar="DIR")
+    p.add_argument("--side", type=int, default=224, help="px of the packs (the embedded set's are 64 by default)")
     p.add_argument("--scale", nargs="+", type=int, default=[], metavar="N")
     p.add_argument("--peer", action="store_true", help="also imagededup, which must be installed")
     args = p.parse_args()
     for folder in args.sets:
-        measure(folder, args.peer)
+        measure(folder, args.side, args.peer)
     for n in args.scale:
         scale(n)
 
