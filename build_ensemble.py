@@ -25,13 +25,15 @@ from common.losses import fit_temperature, fit_weights, mixture
 from common.metrics import score
 from common.views import recipe_from_record, render
 
+PICTURE_VIEWS = 10_000
 TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds otherwise
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
     p.add_argument("checkpoint", nargs="*", help="teachers' best.pt (default: every teacher in runs/*/best.pt)")
-    p.add_argument("--views", type=cli.positive_int, default=4, help="augmented views to store, beside the plain one")
+    p.add_argument("--views", type=cli.positive_int, help="augmented views to store, beside the plain one "
+                   f"(default: as many as make {PICTURE_VIEWS} picture-views, at least 4: a student learns few views by heart)")
     p.add_argument("--unlabelled", metavar="DIR", help="pictures without labels that take part in distillation "
                    "(default: unlabelled/ in the data folder where there is one; 'none' for none)")
     p.add_argument("--weights", choices=["fitted", "equal"], default="fitted", help="of the teachers in the mixture")
@@ -81,7 +83,7 @@ def build(args, watch):
         val_logits = torch.stack([models.predict(teacher, val, args.device) for teacher in teachers])
     combination = combine(val_logits, val.labels, args.weights, paths)
 
-    views = args.views + 1
+    views = 1 + (args.views or max(4, PICTURE_VIEWS // len(train)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
     print(f"{len(train)} pictures, {views} views of which {len(missing)} are to be computed")
     with tqdm(total=len(missing) * len(train), desc="caching logits", disable=None, leave=False) as bar:
@@ -96,7 +98,7 @@ def build(args, watch):
                     logits[:, indices] = teacher_logits(teachers, pixels, args.device)
                 bar.update(len(indices))
             write_view(folder, view, logits)
-            tqdm.write(f"view {view} of {args.views} stored")
+            tqdm.write(f"view {view} of {views - 1} stored")
     shape = [len(teachers), len(train), len(data_record["classes"])]
     suspicions = {"val": doubts(val, [val_logits.numpy()], combination),
                   "train": doubts(labelled, [np.load(view_file(folder, view), "r") for view in range(views)], combination)}

@@ -24,7 +24,7 @@ from common import data, training
 from common.checkpoints import load
 from common.ensemble import load_ensemble, open_views, soft_targets
 from common.export import load_exported
-from common.models import create_teacher, load_model, predict
+from common.models import create_teacher, fine_tuning_rates, load_model, parameter_groups, predict
 from conftest import ROOT, SIDE, TEACHERS, call
 
 CPU = ("--device", "cpu")
@@ -224,3 +224,25 @@ def test_a_resnet_teacher_from_scratch_has_no_sleeping_branch_and_a_loaded_one_k
     assert asleep(create_teacher("resnet10t", 3, 32)) == 0
     torch.save(theirs.state_dict(), tmp_path / "resnet10t.pth")
     assert asleep(create_teacher("resnet10t", 3, 32, weights=tmp_path / "resnet10t.pth")) == 4
+
+
+def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move():
+    slowest = {}
+    for name in TEACHERS:
+        model = create_teacher(name, 3, SIDE)
+        backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
+        scales = sorted({group["lr_scale"] for group in parameter_groups(model, 0.05, layer_decay, backbone_lr)})
+        assert scales[-1] == 1.0  # the new head
+        slowest[name] = scales[0]
+        assert all(b / a == pytest.approx(1 / layer_decay) for a, b in zip(scales[:-2], scales[1:-1]))
+    assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
+
+
+def test_the_ensemble_can_be_asked_for_other_views_than_the_teachers_saw(inside, tmp_path):
+    words = ("--views", 1, "--output", tmp_path / "wide", "--device", "cpu")
+    assert call(build_ensemble.main, *words, "--view-recipe", "zoom_min=0.5") == 0
+    recipe, before = (load_ensemble(folder)["view_recipe"] for folder in (tmp_path / "wide", inside.runs / "ensemble"))
+    assert recipe == {**before, "zoom_min": 0.5} and recipe != before
+    plain, views = (np.load(folder / "view_000.npy") for folder in (tmp_path / "wide", inside.runs / "ensemble"))
+    assert np.array_equal(plain, views)
+    assert np.abs(np.load(tmp_path / "wide" / "view_001.npy") - np.load(inside.runs / "ensemble" / "view_001.npy")).max() > 0.1

@@ -11,7 +11,7 @@ seed whose rows are in the CSV is skipped. The seed chooses the labelled picture
     data/<folder>/{train,test}/<class>/*          the sets below; elpv comes from `pip install elpv-dataset`, embedded is drawn
     weights/<timm name>.safetensors               of the pretrained teachers
 
-Students start from scratch: no pretrained ResNet18 is at hand. All have the same steps, views and rule of selection.
+Students start from scratch: no pretrained ResNet18 is at hand. All have the same steps, augmentation and rule of selection.
 """
 
 import argparse
@@ -51,17 +51,16 @@ class Task:
     side: int  # a multiple of the transformer's 14 px
     steps: int
     teacher_steps: int
-    views: int
     group: str = ""  # regular expression: pictures of one part or photo stay on one side of train and val
 
 
 TASKS = {
-    "neu_cls_10": Task("neu_cls", 10, True, 98, 400, 150, 6),
-    "neu_cls_40": Task("neu_cls", 40, True, 98, 400, 150, 6),
-    "screw_missing_10": Task("screw_missing", 10, True, 98, 400, 150, 6, r"^(\d+)_"),
-    "elpv_100": Task("elpv", 100, True, 98, 400, 150, 6),  # good or defective solar cells, 300 labels with those of val
-    "embedded": Task("embedded", 0, True, 98, 400, 150, 6),  # with pretrained teachers, other than in the README's first table
-    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, 6),
+    "neu_cls_10": Task("neu_cls", 10, True, 98, 400, 150),
+    "neu_cls_40": Task("neu_cls", 40, True, 98, 400, 150),
+    "screw_missing_10": Task("screw_missing", 10, True, 98, 400, 150, r"^(\d+)_"),
+    "elpv_100": Task("elpv", 100, True, 98, 400, 150),  # good or defective solar cells, 300 labels with those of val
+    "embedded": Task("embedded", 0, True, 98, 400, 150),  # with pretrained teachers, other than in the README's first table
+    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300),
 }
 
 
@@ -143,12 +142,12 @@ def stages(task, data, home, weights, seed):
     yield "teachers", ["train_teacher.py", *pictures, "--model", *TEACHERS, "--weights", *files,
                        "--epochs", epochs(labelled, task.teacher_steps), "--output", home, *rest]
     yield "extra_cnn", ["train_teacher.py", *pictures, "--model", EXTRA_CNN, "--epochs", epochs(labelled), "--output", home, *rest]
-    yield "ensemble", ["build_ensemble.py", *teachers, "--views", task.views, "--unlabelled", "none", "--output", home / "ensemble", *rest]
+    yield "ensemble", ["build_ensemble.py", *teachers, "--unlabelled", "none", "--output", home / "ensemble", *rest]
     yield "alone", ["distill.py", home / "ensemble", "--alpha", 0, "--epochs", epochs(labelled), "--output", home / "alone", *rest]
     yield "distilled", ["distill.py", home / "ensemble", "--epochs", epochs(labelled), "--output", home / "distilled", *rest]
     students = ["alone", "distilled"]
     if task.pool:
-        yield "ensemble_pool", ["build_ensemble.py", *teachers, "--views", task.views, "--output", home / "ensemble_pool", *rest]
+        yield "ensemble_pool", ["build_ensemble.py", *teachers, "--output", home / "ensemble_pool", *rest]
         yield "distilled_pool", ["distill.py", home / "ensemble_pool", "--epochs", epochs(pooled), "--output", home / "distilled_pool", *rest]
         students.append("distilled_pool")
     best = home / students[-1] / "student.int8.ts"

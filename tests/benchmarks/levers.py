@@ -27,17 +27,18 @@ LEVERS = {
     "base": (TEACHERS, (), (), 1),
     "stand-alone": (TEACHERS, (), ("--alpha", 0), 1),
     "labelled pictures only": (TEACHERS, ("--unlabelled", "none"), (), 1),
+    "labelled pictures only, 6 views": (TEACHERS, ("--unlabelled", "none", "--views", 6), (), 1),
+    "6 views": (TEACHERS, ("--views", 6), (), 1),
+    "crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), (), 1),
     "temperature 1": (TEACHERS, (), ("--temperature", 1), 1),
     "temperature 4": (TEACHERS, (), ("--temperature", 4), 1),
     "soft targets only (alpha 1)": (TEACHERS, (), ("--alpha", 1), 1),
-    "12 views": (TEACHERS, ("--views", 12), (), 1),
-    "crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), (), 1),
+    "twice the learning rate": (TEACHERS, (), ("--lr", 2e-3), 1),
     "twice the steps": (TEACHERS, (), (), 2),
     "stand-alone, twice the steps": (TEACHERS, (), ("--alpha", 0), 2),
     "transformer teacher alone": (TEACHERS[:1], (), (), 1),
     "CNN teacher alone": (TEACHERS[1:], (), (), 1),
     "equal weights": (TEACHERS, ("--weights", "equal"), (), 1),
-    "twice the learning rate": (TEACHERS, (), ("--lr", 2e-3), 1),
     "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
 }
 FIELDS = ("set", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
@@ -73,8 +74,7 @@ def run(name, seed, levers, args):
         teachers, ensemble_flags, student_flags, factor = LEVERS[lever]
         key = "_".join(map(str, (len(teachers), teachers[0][:3], *ensemble_flags))).replace("/", "")
         ensemble, student = home / f"ensemble_{key}", home / f"student_{list(LEVERS).index(lever)}"
-        call("build_ensemble.py", *(home / teacher / "best.pt" for teacher in teachers), *(() if "--views" in ensemble_flags else ("--views", task.views)),
-             *ensemble_flags, "--output", ensemble, "--seed", seed)
+        call("build_ensemble.py", *(home / teacher / "best.pt" for teacher in teachers), *ensemble_flags, "--output", ensemble, "--seed", seed)
         pictures = json.loads((ensemble / "ensemble.json").read_text())["pictures"]
         epochs = max(1, round(factor * task.steps / -(-pictures // 24)))
         call("distill.py", ensemble, *student_flags, "--epochs", epochs, "--output", student, "--seed", seed, "--overwrite")
