@@ -100,8 +100,10 @@ def build(args, watch):
             write_view(folder, view, logits)
             tqdm.write(f"view {view} of {views - 1} stored")
     shape = [len(teachers), len(train), len(data_record["classes"])]
-    suspicions = {"val": doubts(val, [val_logits.numpy()], combination),
-                  "train": doubts(labelled, [np.load(view_file(folder, view), "r") for view in range(views)], combination)}
+    with watch("audit"):
+        suspicions = {"val": doubts(val, [torch.softmax(z / t, 1) for z, t in zip(val_logits, combination["temperatures"])]),
+                      "train": doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels, shape[2])
+                                                 for teacher in teachers])}
     print_doubts(suspicions, data_record["classes"])
     save_json({**spec, **combination, "suspicions": suspicions, "shape": shape, "versions": versions(),
                "sha256": [file_sha256(view_file(folder, view)) for view in range(views)]}, folder / "ensemble.json")
@@ -173,14 +175,9 @@ def combine(val_logits, labels, weighting, paths):
             "validation": {name: {key: metrics[key] for key in keys} for name, _, _, metrics in rows}}
 
 
-def doubts(pictures, views, combination):
-    """`audit.suspicious_labels` of labelled pictures, by path, from each teacher's mean probabilities over the views.
-
-    views: float32 arrays [teachers, N or more, classes] of logits, the pictures' rows first.
-    """
-    temperatures = torch.tensor(combination["temperatures"])[:, None, None]
-    answers = sum(torch.softmax(torch.tensor(view[:, :len(pictures)]) / temperatures, dim=2) for view in views) / len(views)
-    found = audit.suspicious_labels(list(answers.numpy()), pictures.labels.numpy())
+def doubts(pictures, answers):
+    """`audit.suspicious_labels`, by path. answers: float tensor [N, K] per teacher."""
+    found = audit.suspicious_labels([a.numpy() for a in answers], pictures.labels.numpy())
     return [{**suspicion, "picture": pictures.path(suspicion["row"])} for suspicion in found]
 
 

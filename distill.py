@@ -91,7 +91,7 @@ def distil(output, args, watch):
     embedded = Path(data_record["dir"]) == Path(data.EMBEDDED)
     args.epochs = args.epochs or (EMBEDDED_EPOCHS if embedded else training.default_epochs(STEPS, steps))
     print(f"{len(labelled)} labelled and {len(train) - len(labelled)} unlabelled pictures at {view_size} px, {steps} steps per epoch, "
-          + (f"{len(cached) - 1} cached views" if args.alpha else "labelled pictures only (alpha 0)"))
+          + (f"{len(cached) - 1} cached views, each used {args.epochs / (len(cached) - 1):.1f} times" if args.alpha else "labelled pictures only (alpha 0)"))
 
     torch.manual_seed(args.seed)
     model = models.create_student(len(classes), args.img_size or view_size, args.pretrained, args.weights)

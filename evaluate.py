@@ -153,12 +153,13 @@ def main():
     pictures = sets[first.view_size]
     if args.baseline:
         compare(results, answers, args.baseline, pictures)
+    agree(results, answers)
 
     tables.print_table(results, list(pictures), args.baseline)
     tables.print_operating_points(results)
     output = Path(args.output)
     findings = {"models": results, "classes": first.classes, "baseline": args.baseline, "args": plain_args(args), "audit": audited,
-                "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
+                "suspicions": doubtful_labels(subjects, answers, pictures, audited_sets), "device": str(device), "threads": torch.get_num_threads(), "versions": versions(),
                 "test_sets": {name: {"folder": str(each.packs[0].folder), "fingerprint": each.packs[0].fingerprint}
                               for name, each in pictures.items()}}
     save_json(findings, output / "metrics.json")
@@ -196,23 +197,23 @@ def write_report(findings, subjects, answers, pictures, audited_sets, audit_line
                               for i in report.worst_mistakes(answers[shown, name], each.labels.numpy())}
     copies = [(c, *(audited_sets[c[of]].batch([c[row]])[0].numpy() for of, row in (("set", "row"), ("of_set", "of_row"))))
               for c in (findings["audit"] or {"copies": []})["copies"][:report.WORST]]
-    suspicions = [({**s, "label": classes[s["label"]], "suggested": classes[s["suggested"]]}, each.batch([s["row"]])[0].numpy())
-                  for each, found in doubtful_labels(subjects, answers, pictures, audited_sets) for s in found[:report.WORST]]
+    suspicions = [({**s, "label": classes[s["label"]], "suggested": classes[s["suggested"]]}, {**audited_sets, **pictures}[name].batch([s["row"]])[0].numpy())
+                  for name, found in findings["suspicions"].items() for s in found[:report.WORST]]
     report.write({**findings, "answers": answers, "pictures": pictures, "heatmaps": heatmaps, "shown": shown, "good_class": good,
                   "curves": {name: read_log(subject.path.parent / "log.csv") for name, subject in subjects.items() if subject.path.name == "best.pt"},
                   "audit_lines": audit_lines, "copies": copies, "suspicions": suspicions}, path)
 
 
 def doubtful_labels(subjects, answers, pictures, audited_sets):
-    """(Pictures, suspicions) per set: of train and val as build_ensemble.py found them, of the test sets from the teachers' answers."""
+    """{set: suspicions}: of train and val as build_ensemble.py found them, of the test sets from the teachers' answers."""
     ensemble = next((subject for subject in subjects.values() if subject.kind == "ensemble"), None)
-    for name, found in (ensemble.suspicions if ensemble else {}).items():
-        if name in audited_sets and all(s["row"] < len(audited_sets[name]) and audited_sets[name].path(s["row"]) == s["picture"] for s in found):
-            yield audited_sets[name], found
+    found = {name: some for name, some in (ensemble.suspicions if ensemble else {}).items() if name in audited_sets and
+             all(s["row"] < len(audited_sets[name]) and audited_sets[name].path(s["row"]) == s["picture"] for s in some)}
     teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
     for name, each in pictures.items():
-        found = audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())
-        yield each, [{**s, "picture": each.path(s["row"])} for s in found]
+        suspicions = audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())
+        found[name] = [{**s, "picture": each.path(s["row"])} for s in suspicions]
+    return found
 
 
 def read_log(path):
@@ -247,6 +248,14 @@ def compare(results, answers, baseline, pictures):
         for set_name in set_names:
             result["sets"][set_name]["minus_baseline"] = metrics.difference([right[name, set_name]], [right[baseline, set_name]])
         result["minus_baseline"] = metrics.difference([right[name, s] for s in set_names], [right[baseline, s] for s in set_names])
+
+
+def agree(results, answers):
+    """Add to each student, per set, the share of its decisions that are each ensemble's."""
+    ensembles = [name for name, result in results.items() if result["kind"] == "ensemble"]
+    for name, result in results.items():
+        for set_name, s in result["sets"].items() if result["kind"] in ("student", "exported") else ():
+            s["agreement"] = {e: float((answers[name, set_name].argmax(1) == answers[e, set_name].argmax(1)).mean()) for e in ensembles}
 
 
 if __name__ == "__main__":

@@ -155,11 +155,8 @@ class Judge:
         p = self.student(torch.from_numpy(picture))[0].tolist()
         best = max(range(len(p)), key=p.__getitem__)
         score = None if self.good is None else 1.0 - p[self.good]
-        verdict = {"path": str(path), "decision": self.decide(score), "class": self.classes[best], "probability": p[best],
-                   "defect_score": score, "probabilities": dict(zip(self.classes, p))}
-        if self.heatmap and verdict["decision"] != "PASS":
-            self.draw(verdict, picture)
-        return verdict
+        return {"path": str(path), "decision": self.decide(score), "class": self.classes[best], "probability": p[best],
+                "defect_score": score, "probabilities": dict(zip(self.classes, p))}
 
     def decide(self, score):
         if self.threshold is None:
@@ -168,7 +165,9 @@ class Judge:
         return "REJECT" if score >= high else "REVIEW" if score >= low else "PASS"
 
     def draw(self, verdict, picture):
-        """Write the overlay of the likeliest defect, with a line that says what was decided."""
+        """Where heatmaps are asked for and it did not pass: write the overlay of the likeliest defect under what was decided."""
+        if not self.heatmap or verdict["decision"] == "PASS":
+            return
         image, defect = overlay(self.student, picture, self.view_size, self.good)
         sheet = Image.new("RGB", (image.width, image.height + 18), "white")
         sheet.paste(image, (0, 18))
@@ -287,6 +286,7 @@ def watch(folder, record, judge, show):
                 print(f"{path}: cannot be read ({picture})", file=sys.stderr)
             else:
                 show(verdict)
+                judge.draw(verdict, picture)
 
 
 def benchmark(judge, seconds=5.0, frame_size=(480, 640)):
@@ -360,7 +360,9 @@ def main():
             print(f"{path}: cannot be read ({picture})", file=sys.stderr)
             unreadable += 1
         else:
-            show(judge(path, picture))
+            verdict = judge(path, picture)
+            show(verdict)
+            judge.draw(verdict, picture)
     sys.exit(1 if unreadable else 0)
 
 

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from common import duplicates
 from common.checkpoints import load_json, save_json
@@ -20,6 +22,7 @@ from common.shortcuts import probe
 
 VERSION = 2  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
+NEIGHBOURS = 7  # whose labels are compared with a picture's own
 SHOWN = 3  # examples of each finding that are printed
 
 
@@ -95,21 +98,34 @@ def propose_groups(paths):
     return {"group_regex": pattern, "groups": len(sizes), "largest": max(sizes.values()), "example": paths[0]}
 
 
-def suspicious_labels(answers, labels):
-    """Pictures whose label all teachers reject for the same other class, the most doubtful first.
+def neighbour_votes(features, labels, classes):
+    """What the labels of the most similar other pictures say of each picture: float32 [N, K], rows summing to 1.
 
-    answers: one float [N, K] of probabilities per teacher; labels: int [N], -1 for none. Of those, the ones
-    whose mean probability for the other class reaches what pictures labelled so have on average (confident
-    learning, Northcutt et al. 2021). Returns dicts with row, label, suggested, probability.
+    features: float [N, D], of a teacher; labels: int64 [N]. A teacher knows its own training labels by heart, wrong ones too, but puts
+    a picture beside those it resembles (Bahri et al. 2020). A vote weighs 1 / (pictures of its class), or rare classes would be outvoted.
+    """
+    unit, weight, votes = F.normalize(features, dim=1), 1.0 / torch.bincount(labels, minlength=classes).clamp(min=1), torch.zeros(len(labels), classes)
+    for rows in torch.arange(len(labels)).split(1024):
+        likeness = unit[rows] @ unit.T
+        likeness[torch.arange(len(rows)), rows] = -2.0  # not itself
+        nearest = labels[likeness.topk(min(NEIGHBOURS, len(labels) - 1), dim=1).indices]
+        votes[rows] = torch.zeros(len(rows), classes).scatter_add_(1, nearest, weight[nearest])
+    return votes / votes.sum(1, keepdim=True)
+
+
+def suspicious_labels(answers, labels):
+    """Pictures whose label all teachers reject for the same other class, which gets over half of the mean, the most doubtful first.
+
+    answers: one float array [N, K] of probabilities per teacher, on pictures it was not trained on, or of `neighbour_votes`;
+    labels: int [N]. Returns dicts with row, label, suggested, probability.
     """
     if not answers:
         return []
     decisions, mean = np.stack([a.argmax(1) for a in answers]), np.mean(answers, axis=0)
-    usual = np.array([mean[labels == k, k].mean() if (labels == k).any() else 1.0 for k in range(mean.shape[1])])
     suggested = mean.argmax(1)
-    rows = np.flatnonzero((decisions == decisions[0]).all(0) & (suggested != labels) & (mean.max(1) >= usual[suggested]))
+    rows = np.flatnonzero((decisions == decisions[0]).all(0) & (suggested != labels) & (mean.max(1) > 0.5))
     doubt = mean[rows, labels[rows]] - mean[rows, suggested[rows]]
-    return [{"row": int(i), "label": int(labels[i]), "suggested": int(suggested[i]), "probability": float(mean[i].max())} for i in rows[np.argsort(doubt)]]
+    return [{"row": int(i), "label": int(labels[i]), "suggested": int(suggested[i]), "probability": float(mean[i].max())} for i in rows[np.argsort(doubt, kind="stable")]]
 
 
 def look(train, val, record, args):

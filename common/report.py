@@ -170,7 +170,7 @@ def models(f):
     text = table(head, rows, f"accuracy with 95 % bootstrap intervals over pictures; ms: one picture at a time on {f['device']}, {f['threads']} threads")
     students = [n for n, m in f["models"].items() if m["kind"] in ("student", "exported")]
     for ensemble in (n for n, m in f["models"].items() if m["kind"] == "ensemble"):
-        rows = [[escape(n), *(percent((f["answers"][n, s].argmax(1) == f["answers"][ensemble, s].argmax(1)).mean()) for s in names)] for n in students]
+        rows = [[escape(n), *(percent(f["models"][n]["sets"][s]["agreement"][ensemble]) for s in names)] for n in students]
         text += table(["student", *map(escape, names)], rows, f"decisions that agree with {ensemble}, %")
     return text
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-import build_ensemble
 import train_teacher
 from common import audit, data, duplicates, shortcuts
 from common.checkpoints import load
 from common.cli import UserError
+from common.ensemble import load_ensemble
 from common.synthetic import CLASSES, draw
 from conftest import call, make_set
 
@@ -139,23 +139,29 @@ def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, m
 
 
 def test_labels_that_all_teachers_reject_are_ranked_by_doubt():
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    first = np.array([[.9, .1], [.8, .2], [.1, .9], [.2, .8], [.1, .9], [.55, .45]])
-    second = np.array([[.9, .1], [.7, .3], [.05, .95], [.1, .9], [.1, .9], [.45, .55]])
+    labels = np.array([0, 0, 0, 1, 1, 1, 1])
+    first = np.array([[.9, .1], [.8, .2], [.1, .9], [.2, .8], [.1, .9], [.55, .45], [.7, .3]])
+    second = np.array([[.9, .1], [.7, .3], [.05, .95], [.1, .9], [.1, .9], [.45, .55], [.6, .4]])
     found = audit.suspicious_labels([first, second], labels)
-    assert [(s["row"], s["suggested"]) for s in found] == [(2, 1)]  # the teachers disagree about row 5
-    assert found[0]["probability"] == pytest.approx(0.925)
+    assert [(s["row"], s["suggested"]) for s in found] == [(2, 1), (6, 0)]  # the teachers disagree about row 5
+    assert [s["probability"] for s in found] == pytest.approx([0.925, 0.65])
     assert audit.suspicious_labels([], labels) == []
 
 
-def test_the_ensemble_doubts_a_label_that_its_teachers_reject_in_the_mean_over_views(tiny):
-    pack = data.open_pack(tiny.data / "test", 32, argparse.Namespace(cache_dir=tiny.runs / "packs", workers=1, skip_bad=False))
-    pictures = data.Pictures((pack, np.array([0, 1, 20, 21, 40, 41])))  # two of each class
-    sure, against = 4 * torch.eye(3)[pictures.labels], 4 * torch.eye(3)[[0, 1, 1, 1, 2, 2]]
-    against[1] *= 2
-    plain, turned = torch.stack([sure, against]).numpy(), torch.stack([against, 2 * against])  # both teachers doubt the second view alone
-    combination = {"temperatures": [1.0, 2.0]}
-    assert build_ensemble.doubts(pictures, [plain], combination) == []
-    pooled = torch.cat([turned, torch.zeros(2, 5, 3)], 1).numpy()  # unlabelled pictures stand behind
-    found, = build_ensemble.doubts(pictures, [plain, *20 * [pooled]], combination)
-    assert found["picture"] == pictures.path(1) == "test/cross/c001.png" and (found["label"], found["suggested"]) == (0, 1)
+def test_neighbours_outvote_a_wrong_label_but_not_a_rare_class():
+    centres = torch.eye(3).repeat_interleave(torch.tensor([40, 40, 4]), 0)
+    features = centres + 0.1 * torch.rand(84, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
+    labels[5], labels[50] = 1, 0
+    votes = audit.neighbour_votes(features, labels, 3)
+    assert torch.allclose(votes.sum(1), torch.ones(84))
+    found = audit.suspicious_labels([votes.numpy()], labels.numpy())
+    assert {(s["row"], s["suggested"]) for s in found} == {(5, 0), (50, 1)}
+
+
+def test_the_ensemble_lists_the_labels_it_doubts_by_path(tiny):
+    record = load_ensemble(tiny.runs / "ensemble")
+    assert set(record["suspicions"]) == {"train", "val"}
+    for name, found in record["suspicions"].items():
+        for s in found:
+            assert s["picture"].startswith("train/") and s["label"] != s["suggested"]  # val is held out of train here

@@ -121,6 +121,8 @@ def group_of(task, file):
 
 def link(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # an earlier start that was interrupted
+        return
     try:
         os.link(source, target)
     except OSError:  # another disk

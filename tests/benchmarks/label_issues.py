@@ -5,7 +5,7 @@
 
 Of an ImageFolder's training pictures `--per-class` train and half as many validate; a tenth of the labels of both is swapped for
 another class. train_teacher.py and build_ensemble.py run as a user would run them; what the latter lists in ensemble.json is compared
-with what was swapped.
+with what was swapped. What ran before is not run again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch  # noqa: E402
 from accuracy import TEACHERS, link  # noqa: E402
 
+from common import audit, data, models  # noqa: E402
 from common.ensemble import load_ensemble, open_views  # noqa: E402
 
 SWAPPED, SIDE, EPOCHS, VIEWS = 0.1, 98, 15, 6
@@ -46,16 +47,6 @@ def lay_out(source, per_class, home, seed):
     return swapped
 
 
-def probabilities(home, split, record):
-    """(labels [N], mean over teachers and views of what they say [N, K], names) of the labelled pictures of train."""
-    classes = record["data"]["classes"]
-    files = [file for c in classes for file in sorted((home / "data" / split / c).iterdir())]
-    labels = np.array([classes.index(file.parent.name) for file in files])
-    temperatures = torch.tensor(record["temperatures"])[:, None, None]
-    views = [torch.softmax(torch.from_numpy(np.array(view)) / temperatures, 2).mean(0) for view in open_views(home / "ensemble", record)]
-    return labels, torch.stack(views).mean(0).numpy(), [file.name for file in files]
-
-
 def report(what, found, swapped, seconds=None):
     hits = len(found & swapped)
     print(f"  {what}: {len(found)} named, precision {hits / max(len(found), 1):.2f}, recall {hits / len(swapped):.2f}"
@@ -70,7 +61,8 @@ def measure(args, seed):
     for words in (["train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model", *TEACHERS, "--weights", *weights,
                    "--epochs", EPOCHS, "--output", home, "--seed", seed, "--overwrite"],
                   ["build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", "--seed", seed, "--overwrite"]):
-        subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
+        if words[0] != "train_teacher.py" or not all(path.is_file() for path in teachers):
+            subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
     record = load_ensemble(home / "ensemble")
     names = {split: {p.name for p in (home / "data" / split).rglob("*.*")} for split in ("train", "val")}
     print(f"\nseed {seed}: {len(swapped & names['train'])} of {len(names['train'])} training labels and "
@@ -81,10 +73,18 @@ def measure(args, seed):
         from cleanlab.filter import find_label_issues
     except ImportError:
         return
-    labels, said, files = probabilities(home, "train", record)
-    start = time.perf_counter()
-    issues = find_label_issues(labels, said)
-    report("cleanlab, train", {files[i] for i in np.flatnonzero(issues)}, swapped & names["train"], time.perf_counter() - start)
+    device = torch.device("cpu")
+    networks = [models.load_model(path, device)[0] for path in teachers]
+    train, val, _ = data.open_training_data(record["data"], argparse.Namespace(cache_dir="runs/packs", workers=2, skip_bad=False))
+    views = [torch.from_numpy(np.array(view[:, :len(train)])) for view in open_views(home / "ensemble", record)]
+    classes = len(record["data"]["classes"])
+    for what, pictures, said in (
+            ("val, the teachers' probabilities", val, [torch.softmax(models.predict(network, val, device), 1) for network in networks]),
+            ("train, the teachers' probabilities, mean over views", train, torch.stack([torch.softmax(view, 2) for view in views]).mean(0)),
+            ("train, our neighbours' votes", train, [audit.neighbour_votes(models.features(network, train, device), train.labels, classes) for network in networks])):
+        start = time.perf_counter()
+        issues = find_label_issues(pictures.labels.numpy(), torch.stack(list(said)).mean(0).numpy())
+        report(f"cleanlab on {what}", {Path(pictures.path(i)).name for i in np.flatnonzero(issues)}, swapped & names[what.split(",")[0]], time.perf_counter() - start)
 
 
 def main():
