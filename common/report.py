@@ -19,7 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #f2f2f2; --line: #c8c8c8; --good: #00664b; --bad: #a33c00 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181a; --soft: #24282b; --line: #4a4f54; --good: #4cc9a0; --bad: #ff9a5c } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem; margin: 0 auto; padding: 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.25rem; border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 2rem } h3 { font-size: 1.05rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } caption { text-align: left; font-size: .85rem; padding: .5rem 0 .2rem } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { background: var(--soft) } .scroll { overflow-x: auto } .scroll:focus { outline: 2px solid #0072b2 }
@@ -169,7 +169,7 @@ def models(f):
         rows.append([*row, f"{m['parameters'] / 1e6:.1f}", f"{m['bytes'] / 1e6:.1f}", f"{m['latency_ms']:.1f}"])
     text = table(head, rows, f"accuracy with 95 % bootstrap intervals over pictures; ms: one picture at a time on {f['device']}, {f['threads']} threads")
     students = [n for n, m in f["models"].items() if m["kind"] in ("student", "exported")]
-    for ensemble in (n for n, m in f["models"].items() if m["kind"] == "ensemble"):
+    for ensemble in (n for n, m in f["models"].items() if m["kind"] == "ensemble" and students):
         rows = [[escape(n), *(percent(f["models"][n]["sets"][s]["agreement"][ensemble]) for s in names)] for n in students]
         text += table(["student", *map(escape, names)], rows, f"decisions that agree with {ensemble}, %")
     return text
@@ -266,9 +266,9 @@ def audit(f):
                         f"{'' if c['labels'][0] == c['labels'][1] or min(c['labels']) < 0 else ' <b>labels differ</b>'}</figcaption></figure>" for c, a, b in f["copies"])
         text += f"<h3>Copies, side by side</h3><div class='pictures'>{pairs}</div>"
     if f["suspicions"]:
-        figures = "".join(f"<figure>{picture(pixels, s['picture'])}<figcaption>labelled {escape(s['label'])}, all models say {escape(s['suggested'])} "
+        figures = "".join(f"<figure>{picture(pixels, s['picture'])}<figcaption>labelled {escape(s['label'])}, all teachers say {escape(s['suggested'])} "
                           f"({percent(s['probability'], 0)} %)<br>{escape(s['picture'])}</figcaption></figure>" for s, pixels in f["suspicions"])
-        text += f"<h3>Labels to look at again</h3><p>Nothing was changed.</p><div class='pictures'>{figures}</div>"
+        text += f"<h3>Labels to look at again</h3><p>All teachers name another class. Where they err often, most of these are their mistakes; nothing was changed.</p><div class='pictures'>{figures}</div>"
     return text
 
 
