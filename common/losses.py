@@ -25,10 +25,8 @@ def class_weights(labels, classes):
 
 def labelled_cross_entropy(logits, labels, weights=None):
     """Mean cross-entropy over the pictures that have a label (label >= 0), times their class's weight; 0 when none has."""
-    each = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="none")
-    if weights is not None:
-        each = each * weights[labels.clamp(min=0)]
-    return each.sum() / (labels != UNLABELLED).sum().clamp(min=1)
+    labelled = (labels != UNLABELLED).sum().clamp(min=1)
+    return F.cross_entropy(logits, labels, weights, ignore_index=UNLABELLED, reduction="sum") / labelled
 
 
 def distillation_loss(logits, labels, soft_targets, alpha, tau, weights=None):

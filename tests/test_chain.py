@@ -103,7 +103,7 @@ def test_infer_runs_alone_and_reports_bad_pictures(tiny, tmp_path):
 def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(inside, tmp_path, monkeypatch):
     words = ("--epochs", 2, "-b", 16, "--alpha", 0, *CPU)
     assert call(distill.main, *words, "--output", tmp_path / "ours") == 0
-    monkeypatch.setattr(distill, "distillation_loss", lambda logits, labels, soft, alpha, tau: F.cross_entropy(logits, labels))
+    monkeypatch.setattr(distill, "distillation_loss", lambda logits, labels, soft, alpha, tau, weights: F.cross_entropy(logits, labels))
     assert call(distill.main, *words, "--output", tmp_path / "plain") == 0
     assert same_weights(tmp_path / "ours" / "best.pt", tmp_path / "plain" / "best.pt")
 
