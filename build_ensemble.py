@@ -82,6 +82,11 @@ def build(args, watch):
     with watch("validation"):
         val_logits = torch.stack([models.predict(teacher, val, args.device) for teacher in teachers])
     combination = combine(val_logits, val.labels, args.weights, paths)
+    with watch("audit"):
+        suspicions = {"val": doubts(val, [torch.softmax(z / t, 1) for z, t in zip(val_logits, combination["temperatures"])]),
+                      "train": doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels, len(data_record["classes"]))
+                                                 for teacher in teachers])}
+    print_doubts(suspicions, data_record["classes"])
 
     views = 1 + (args.views or max(4, PICTURE_VIEWS // len(train)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
@@ -100,11 +105,6 @@ def build(args, watch):
             write_view(folder, view, logits)
             tqdm.write(f"view {view} of {views - 1} stored")
     shape = [len(teachers), len(train), len(data_record["classes"])]
-    with watch("audit"):
-        suspicions = {"val": doubts(val, [torch.softmax(z / t, 1) for z, t in zip(val_logits, combination["temperatures"])]),
-                      "train": doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels, shape[2])
-                                                 for teacher in teachers])}
-    print_doubts(suspicions, data_record["classes"])
     save_json({**spec, **combination, "suspicions": suspicions, "shape": shape, "versions": versions(),
                "sha256": [file_sha256(view_file(folder, view)) for view in range(views)]}, folder / "ensemble.json")
     print(f"{folder}: {views} views of {shape[1]} pictures by {shape[0]} teachers")
