@@ -25,7 +25,7 @@ from common.losses import fit_temperature, fit_weights, mixture
 from common.metrics import score
 from common.views import recipe_from_record, render
 
-PICTURE_VIEWS = 10_000
+PICTURE_VIEWS = 10_000  # stored by default: about what 400 steps of 24 see once
 TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds otherwise
 
 
@@ -83,9 +83,9 @@ def build(args, watch):
         val_logits = torch.stack([models.predict(teacher, val, args.device) for teacher in teachers])
     combination = combine(val_logits, val.labels, args.weights, paths)
     with watch("audit"):
-        suspicions = {"val": doubts(val, [torch.softmax(z / t, 1) for z, t in zip(val_logits, combination["temperatures"])]),
-                      "train": doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels, len(data_record["classes"]))
-                                                 for teacher in teachers])}
+        suspicions = {"val": audit.doubts(val, [torch.softmax(z / t, 1).numpy() for z, t in zip(val_logits, combination["temperatures"])]),
+                      "train": audit.doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels,
+                                                                             len(data_record["classes"])).numpy() for teacher in teachers])}
     print_doubts(suspicions, data_record["classes"])
 
     views = 1 + (args.views or max(4, PICTURE_VIEWS // len(train)))
@@ -173,12 +173,6 @@ def combine(val_logits, labels, weighting, paths):
     keys = ("accuracy", "balanced_accuracy", "nll", "n")
     return {"temperatures": temperatures, "weights": weights, "weighting": weighting,
             "validation": {name: {key: metrics[key] for key in keys} for name, _, _, metrics in rows}}
-
-
-def doubts(pictures, answers):
-    """`audit.suspicious_labels`, by path. answers: float tensor [N, K] per teacher."""
-    found = audit.suspicious_labels([a.numpy() for a in answers], pictures.labels.numpy())
-    return [{**suspicion, "picture": pictures.path(suspicion["row"])} for suspicion in found]
 
 
 def print_doubts(suspicions, classes):

@@ -211,8 +211,7 @@ def doubtful_labels(subjects, answers, pictures, audited_sets):
              all(s["row"] < len(audited_sets[name]) and audited_sets[name].path(s["row"]) == s["picture"] for s in some)}
     teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
     for name, each in pictures.items():
-        suspicions = audit.suspicious_labels([answers[teacher, name] for teacher in teachers], each.labels.numpy())
-        found[name] = [{**s, "picture": each.path(s["row"])} for s in suspicions]
+        found[name] = audit.doubts(each, [answers[teacher, name] for teacher in teachers])
     return found
 
 

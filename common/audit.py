@@ -128,6 +128,11 @@ def suspicious_labels(answers, labels):
     return [{"row": int(i), "label": int(labels[i]), "suggested": int(suggested[i]), "probability": float(mean[i].max())} for i in rows[np.argsort(doubt, kind="stable")]]
 
 
+def doubts(pictures, answers):
+    """`suspicious_labels` of Pictures, with the path of each."""
+    return [{**found, "picture": pictures.path(found["row"])} for found in suspicious_labels(answers, pictures.labels.numpy())]
+
+
 def look(train, val, record, args):
     """Audit what belongs to a training run, print what was found, and return it.
 
