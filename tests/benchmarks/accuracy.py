@@ -43,24 +43,25 @@ BATCH = 24
 
 @dataclass(frozen=True)
 class Task:
-    """One set as it is used here. labelled: pictures per class, 0 for all; side: px; steps: of every student and from-scratch CNN."""
+    """One set as it is used here. labelled: pictures per class, 0 for all; side: px; steps: of every CNN, students included."""
 
     folder: str
     labelled: int
     pool: bool
     side: int  # a multiple of the transformer's 14 px
     steps: int
-    teacher_steps: int
+    transformer_steps: int
     group: str = ""  # regular expression: pictures of one part or photo stay on one side of train and val
+    flags: tuple = ()  # of train_teacher.py and distill.py alike
 
 
 TASKS = {
-    "neu_cls_10": Task("neu_cls", 10, True, 98, 400, 150),
-    "neu_cls_40": Task("neu_cls", 40, True, 98, 400, 150),
-    "screw_missing_10": Task("screw_missing", 10, True, 98, 400, 150, r"^(\d+)_"),
-    "elpv_100": Task("elpv", 100, True, 98, 400, 150),  # good or defective solar cells, 300 labels with those of val
-    "embedded": Task("embedded", 0, True, 98, 400, 150),  # with pretrained teachers, other than in the README's first table
-    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300),
+    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150),
+    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150),
+    "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, r"^(\d+)_"),
+    "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # good or defective solar cells, 300 labels with those of val
+    "embedded": Task("embedded", 0, True, 70, 800, 150),  # with pretrained teachers, other than in the README's first table
+    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, flags=("--balance-classes",)),
 }
 
 
@@ -142,15 +143,15 @@ def stages(task, data, home, weights, seed):
     teachers = [home / name / "best.pt" for name in TEACHERS]
     files = [weights / f"{name}.safetensors" for name in TEACHERS]
     yield "teachers", ["train_teacher.py", *pictures, "--model", *TEACHERS, "--weights", *files,
-                       "--epochs", epochs(labelled, task.teacher_steps), "--output", home, *rest]
-    yield "extra_cnn", ["train_teacher.py", *pictures, "--model", EXTRA_CNN, "--epochs", epochs(labelled), "--output", home, *rest]
+                       "--epochs", epochs(labelled, task.transformer_steps), epochs(labelled), "--output", home, *task.flags, *rest]
+    yield "extra_cnn", ["train_teacher.py", *pictures, "--model", EXTRA_CNN, "--epochs", epochs(labelled), "--output", home, *task.flags, *rest]
     yield "ensemble", ["build_ensemble.py", *teachers, "--unlabelled", "none", "--output", home / "ensemble", *rest]
-    yield "alone", ["distill.py", home / "ensemble", "--alpha", 0, "--epochs", epochs(labelled), "--output", home / "alone", *rest]
-    yield "distilled", ["distill.py", home / "ensemble", "--epochs", epochs(labelled), "--output", home / "distilled", *rest]
+    yield "alone", ["distill.py", home / "ensemble", "--alpha", 0, "--epochs", epochs(labelled), "--output", home / "alone", *task.flags, *rest]
+    yield "distilled", ["distill.py", home / "ensemble", "--epochs", epochs(labelled), "--output", home / "distilled", *task.flags, *rest]
     students = ["alone", "distilled"]
     if task.pool:
         yield "ensemble_pool", ["build_ensemble.py", *teachers, "--output", home / "ensemble_pool", *rest]
-        yield "distilled_pool", ["distill.py", home / "ensemble_pool", "--epochs", epochs(pooled), "--output", home / "distilled_pool", *rest]
+        yield "distilled_pool", ["distill.py", home / "ensemble_pool", "--epochs", epochs(pooled), "--output", home / "distilled_pool", *task.flags, *rest]
         students.append("distilled_pool")
     best = home / students[-1] / "student.int8.ts"
     yield "evaluate", ["evaluate.py", *teachers, home / EXTRA_CNN / "best.pt", home / "ensemble",

@@ -41,7 +41,7 @@ LEVERS = {
     "equal weights": (TEACHERS, ("--weights", "equal"), (), 1),
     "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
 }
-FIELDS = ("set", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
+FIELDS = ("set", "side", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
 
 
 def development_folder(task, args, home, seed):
@@ -65,7 +65,7 @@ def call(script, *words):
 def run(name, seed, levers, args):
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
     data = development_folder(task, args, home, seed)
-    done = {row["lever"] for row in read(args.csv) if (row["set"], row["seed"]) == (name, str(seed))}
+    done = {row["lever"] for row in read(args.csv) if (row["set"], row["side"], row["seed"]) == (name, str(task.side), str(seed))}
     teach = dict(stages(task, data, home, Path(args.weights), seed))["teachers"]
     if not all((home / teacher / "best.pt").is_file() for teacher in TEACHERS):
         call(*teach)
@@ -85,21 +85,22 @@ def run(name, seed, levers, args):
         new = not Path(args.csv).is_file()
         with open(args.csv, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerows([FIELDS] * new + [(name, seed, lever, scores["n"], *(round(scores[k], 5) for k in ("accuracy", "balanced_accuracy", "nll")),
+            writer.writerows([FIELDS] * new + [(name, task.side, seed, lever, scores["n"], *(round(scores[k], 5) for k in ("accuracy", "balanced_accuracy", "nll")),
                                                 log["steps"], log["seconds"])])
 
 
 def print_table(rows):
-    """Balanced accuracy per set and the mean over sets of the difference to base, with its standard error over sets and seeds."""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    found = {(row["lever"], row["set"], row["seed"]): 100 * float(row["balanced_accuracy"]) for row in rows}
-    print(f"| lever | {' | '.join(sets)} | minus base |\n|---|{'---|' * len(sets)}---|")
+    """Balanced accuracy per set and side in px, and the mean over these and seeds of the difference to base, with its standard error."""
+    found = {(row["lever"], (row["set"], row["side"]), row["seed"]): 100 * float(row["balanced_accuracy"]) for row in rows}
+    sets = list(dict.fromkeys(its for _, its, _ in found))
+    print(f"| lever | {' | '.join(f'{name}, {side} px' for name, side in sets)} | minus base |\n|---|{'---|' * len(sets)}---|")
     for lever in dict.fromkeys(row["lever"] for row in rows):
+        of_lever = {key: value for key, value in found.items() if key[0] == lever}
         cells = []
-        for name in sets:
-            values = [v for (of, its, _), v in found.items() if (of, its) == (lever, name)]
+        for its in sets:
+            values = [value for key, value in of_lever.items() if key[1] == its]
             cells.append(f"{np.mean(values):.1f}" if values else "")
-        gains = [v - found["base", its, seed] for (of, its, seed), v in found.items() if of == lever and ("base", its, seed) in found]
+        gains = [value - found["base", its, seed] for (_, its, seed), value in of_lever.items() if ("base", its, seed) in found]
         spread = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
         print(f"| {lever} | {' | '.join(cells)} | {'' if lever == 'base' else f'{np.mean(gains):+.1f}{spread}'} |")
 
