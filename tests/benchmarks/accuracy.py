@@ -52,16 +52,17 @@ class Task:
     steps: int
     transformer_steps: int
     group: str = ""  # regular expression: pictures of one part or photo stay on one side of train and val
+    views: tuple = ()  # changes of the view recipe, for all models of the set; chosen on training pictures (levers.py)
     flags: tuple = ()  # of train_teacher.py and distill.py alike
 
 
 TASKS = {
-    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150),
-    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150),
+    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150, views=("zoom_min=0.5",)),
+    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150, views=("zoom_min=0.5",)),
     "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, r"^(\d+)_"),
     "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # good or defective solar cells, 300 labels with those of val
     "embedded": Task("embedded", 0, True, 70, 800, 150),  # with pretrained teachers, other than in the README's first table
-    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, flags=("--balance-classes",)),
+    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, views=("rotate=180",), flags=("--balance-classes",)),
 }
 
 
@@ -139,7 +140,7 @@ def stages(task, data, home, weights, seed):
         return max(1, round(steps / -(-pictures // BATCH)))
 
     rest = ["--seed", seed, "--overwrite"]
-    pictures = ["--data-dir", data, "--view-size", task.side]
+    pictures = ["--data-dir", data, "--view-size", task.side, *(["--view-recipe", *task.views] if task.views else [])]
     teachers = [home / name / "best.pt" for name in TEACHERS]
     files = [weights / f"{name}.safetensors" for name in TEACHERS]
     yield "teachers", ["train_teacher.py", *pictures, "--model", *TEACHERS, "--weights", *files,
@@ -216,6 +217,7 @@ def main():
                 if (name, str(seed)) not in {(row["set"], row["seed"]) for row in read(args.csv)}:
                     run(TASKS[name], name, seed, args)
     print_table(read(args.csv))
+    print_figures(read(args.csv))
 
 
 def read(path):
@@ -252,6 +254,50 @@ def print_table(rows):
             time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
             columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{100 * (mean - alone) / max(100 - alone, 1e-9):.0f}"]
             print(f"| {model} | {mean:.1f} ± {spread:.1f} | {' | '.join(columns)} | {np.mean(time_taken) if time_taken else 0:.0f} |")
+
+
+def errors_removed(m, student):
+    return 100 * (m[student] - m["alone"]) / max(100 - m["alone"], 1e-9)
+
+
+STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
+FIGURES = {  # of m: model -> balanced accuracy in %, one set and seed, mean over its test sets
+    "distilled (labelled only) minus stand-alone": lambda m: m["distilled"] - m["alone"],
+    "distilled (with the pool) minus stand-alone": lambda m: m["distilled_pool"] - m["alone"],
+    "stand-alone's errors removed (labelled only), %": lambda m: errors_removed(m, "distilled"),
+    "stand-alone's errors removed (with the pool), %": lambda m: errors_removed(m, "distilled_pool"),
+    "distilled minus the best stand-alone CNN": lambda m: m.get("distilled_pool", m["distilled"]) - max(m[name] for name in STAND_ALONE_CNNS),
+    "ensemble minus distilled (labelled only)": lambda m: m["ensemble"] - m["distilled"],
+    "ensemble minus distilled (with the pool)": lambda m: m["ensemble"] - m["distilled_pool"],
+    "ensemble minus its best teacher": lambda m: m["ensemble"] - max(m[name] for name in TEACHERS),
+    "stand-alone's drop on test_shifted minus the distilled one's": lambda m: m["drop alone"] - m["drop distilled_pool"],
+}
+
+
+def print_figures(rows):
+    """What the project is judged by: points of balanced accuracy per set, mean and standard deviation over seeds, and their mean over sets."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    print(f"\n| balanced accuracy, points | {' | '.join(sets)} | mean |\n|---|{'---|' * (len(sets) + 1)}")
+    for figure, formula in FIGURES.items():
+        cells, means = [], []
+        for name in sets:
+            values = []
+            for seed in sorted({row["seed"] for row in rows if row["set"] == name}):
+                try:
+                    values.append(formula(balanced([row for row in rows if (row["set"], row["seed"]) == (name, seed)])))
+                except KeyError:  # a set without a pool, or without test_shifted
+                    continue
+            means += [np.mean(values)] if values else []
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):+.1f}{spread}" if values else "")
+        print(f"| {figure} | {' | '.join(cells)} | {f'{np.mean(means):+.1f}' if means else ''} |")
+
+
+def balanced(rows):
+    """model -> balanced accuracy in %, mean over test sets; 'drop <model>' -> what test_shifted costs it, where there is one."""
+    by_set = {(row["model"], row["test_set"]): 100 * float(row["balanced_accuracy"]) for row in rows}
+    m = {model: np.mean([value for (its, _), value in by_set.items() if its == model]) for model, _ in by_set}
+    return m | {f"drop {model}": by_set[model, "test"] - by_set[model, "test_shifted"] for model, test in by_set if test == "test_shifted"}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ LEVERS = {
     "CNN teacher alone": (TEACHERS[1:], (), (), 1),
     "equal weights": (TEACHERS, ("--weights", "equal"), (), 1),
     "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
+    "stand-alone, crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), ("--alpha", 0), 1),
+    "labelled pictures only, crops down to half the side": (TEACHERS, ("--unlabelled", "none", "--view-recipe", "zoom_min=0.5"), (), 1),
 }
 FIELDS = ("set", "side", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
 
