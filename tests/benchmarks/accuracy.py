@@ -175,28 +175,28 @@ def run(task, name, seed, args):
         subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
         seconds[stage] = round(time.perf_counter() - start, 1)
         log.write_text(json.dumps(seconds))
-    append(name, seed, home, seconds, args.csv)
+    append(args.csv, FIELDS, results(name, seed, home, seconds))
 
 
-def append(name, seed, home, seconds, path):
+def results(name, seed, home, seconds):
     """One row per model and test set from the report."""
     report = json.loads((home / "report" / "metrics.json").read_text())
     code = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for model, result in report["models"].items():
+        part = Path(model).parent.name if model.endswith("best.pt") else Path(model).name
+        part = "int8" if part.endswith(".ts") else part
+        steps = read(Path(model).parent / "log.csv")[-1]["steps"] if model.endswith("best.pt") else ""
+        for test_set, s in result["sets"].items():
+            difference = s["minus_baseline"]
+            yield (name, seed, part, test_set, s["n"], *(round(s[key], 5) for key in ("accuracy", "balanced_accuracy", "nll", "ece")),
+                   *(round(v, 5) for v in (difference["difference"], *difference["interval"])), steps, seconds.get(part, ""), code)
+
+
+def append(path, fields, rows):
+    """Add rows to a CSV file, which begins with the fields' names."""
     new = not Path(path).is_file()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        for model, result in report["models"].items():
-            part = Path(model).parent.name if model.endswith("best.pt") else Path(model).name
-            part = "int8" if part.endswith(".ts") else part
-            history = list(csv.DictReader(open(Path(model).parent / "log.csv"))) if model.endswith("best.pt") else None
-            for test_set, s in result["sets"].items():
-                difference = s["minus_baseline"]
-                writer.writerow(dict(zip(FIELDS, (
-                    name, seed, part, test_set, s["n"], *(round(s[key], 5) for key in ("accuracy", "balanced_accuracy", "nll", "ece")),
-                    *(round(v, 5) for v in (difference["difference"], *difference["interval"])),
-                    history[-1]["steps"] if history else "", seconds.get(part, ""), code))))
+        csv.writer(file).writerows([*[fields] * new, *rows])
 
 
 def main():

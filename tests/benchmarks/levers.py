@@ -9,7 +9,6 @@ other benchmark uses. Restartable; rows are appended to a CSV.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import TASKS, TEACHERS, lay_out, read, source_of, stages  # noqa: E402
+from accuracy import TASKS, TEACHERS, append, lay_out, read, source_of, stages  # noqa: E402
 
 # lever: (teachers, flags of build_ensemble.py, flags of distill.py, steps as a multiple)
 LEVERS = {
@@ -82,13 +81,10 @@ def run(name, seed, levers, args):
         call("distill.py", ensemble, *student_flags, "--epochs", epochs, "--output", student, "--seed", seed, "--overwrite")
         call("evaluate.py", student / "best.pt", "--data-dir", data, "--output", student / "report")
         (result,) = json.loads((student / "report" / "metrics.json").read_text())["models"].values()
-        log = list(csv.DictReader(open(student / "log.csv")))[-1]
+        log = read(student / "log.csv")[-1]
         scores = result["sets"]["test"]
-        new = not Path(args.csv).is_file()
-        with open(args.csv, "a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerows([FIELDS] * new + [(name, task.side, seed, lever, scores["n"], *(round(scores[k], 5) for k in ("accuracy", "balanced_accuracy", "nll")),
-                                                log["steps"], log["seconds"])])
+        append(args.csv, FIELDS, [(name, task.side, seed, lever, scores["n"], *(round(scores[k], 5) for k in ("accuracy", "balanced_accuracy", "nll")),
+                                   log["steps"], log["seconds"])])
 
 
 def print_table(rows):
