@@ -47,15 +47,19 @@ def distillation_loss(logits, labels, soft_targets, alpha, tau, weights=None):
 def fit_temperature(logits, labels):
     """The T > 0 that minimises the NLL of softmax(logits / T)   (Guo et al. 2017).
 
-    logits: float [N, K]; labels: int64 [N]. Returns a float, kept in [0.05, 20]: a model without a
-    mistake on few pictures would ask for T = 0. The NLL is convex in 1/T; bisection on its slope.
+    logits: float [N, K]; labels: int64 [N]. Returns a float, kept in [0.05, 20]. A model without a mistake on few pictures would
+    ask for T = 0, and its soft targets would be hard; so each label counts as wrong with probability 1 / (N + 2), Laplace's
+    rule of succession, spread over the other classes (as Platt 1999 does for two). The NLL is convex in 1/T; bisection on its slope.
     """
     z = logits.double()
-    right = z.gather(1, labels[:, None])[:, 0]
+    wrong = 1 / (len(z) + 2)
+    label = z.gather(1, labels[:, None])[:, 0]
+    others = (z.sum(1) - label) / (z.shape[1] - 1)
+    expected = (1 - wrong) * label + wrong * others
     low, high = 1 / 20, 1 / 0.05  # of 1/T
     for _ in range(60):
         middle = (low * high) ** 0.5
-        slope = ((F.softmax(z * middle, dim=1) * z).sum(1) - right).mean()  # d NLL / d (1/T)
+        slope = ((F.softmax(z * middle, dim=1) * z).sum(1) - expected).mean()  # d NLL / d (1/T)
         low, high = (middle, high) if slope <= 0 else (low, middle)
     return float(1 / middle)
 
@@ -64,11 +68,14 @@ def fit_weights(probabilities, labels, iterations=200):
     """Mixture weights that minimise the NLL of sum_t w_t p_t, by expectation maximisation.
 
     probabilities: float [teachers, N, K]; labels: int64 [N]. Returns a list of floats summing to 1.
-    The NLL is convex in w, and each iteration lowers it (Dempster, Laird and Rubin 1977).
+    One more picture is imagined for each teacher, which it alone explains (a Dirichlet prior): on few pictures a teacher that is
+    luckier by one must not get all the weight. The NLL with it is convex in w, and each iteration lowers it (Dempster, Laird and Rubin 1977).
     """
     likelihood = probabilities.double().gather(2, labels[None, :, None].expand(len(probabilities), -1, 1))[..., 0]
     likelihood = likelihood.clamp(min=1e-12)
-    w = torch.full((len(likelihood), 1), 1 / len(likelihood), dtype=torch.double)
+    teachers, pictures = likelihood.shape
+    w = torch.full((teachers, 1), 1 / teachers, dtype=torch.double)
     for _ in range(iterations):
-        w = (w * likelihood / (w * likelihood).sum(0)).mean(1, keepdim=True)
+        share = w * likelihood / (w * likelihood).sum(0)
+        w = (share.sum(1, keepdim=True) + 1) / (pictures + teachers)
     return [float(v) for v in w[:, 0]]

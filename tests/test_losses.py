@@ -68,17 +68,22 @@ def test_mixture_is_over_probabilities_with_temperatures():
     assert torch.allclose(mixture(z, [1.0, 1.0], [0.8, 0.2], tau=2.0), torch.tensor([[0.7, 0.3]]), atol=1e-6)
 
 
-def test_fitted_temperature_makes_confidence_equal_accuracy():
-    # Always (2, 0), right three times of four: the best softmax is (3/4, 1/4), so 2 / T = ln 3.
+def test_fitted_temperature_makes_confidence_equal_accuracy_with_each_label_held_likely():
+    # Always (2, 0), right three times of four, each label counting 5/6: (3 * 5/6 + 1/6) / 4 = 2/3, so 2 / T = ln 2.
     logits, labels = torch.tensor([[2.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
-    assert fit_temperature(logits, labels) == pytest.approx(2 / LN3, rel=1e-4)
-    assert fit_temperature(logits, torch.zeros(4, dtype=torch.long)) == pytest.approx(0.05, rel=1e-3)
+    assert fit_temperature(logits, labels) == pytest.approx(2 / math.log(2), rel=1e-4)
 
 
-def test_fitted_weights_minimise_the_nll_of_the_mixture():
+def test_a_model_without_a_mistake_keeps_a_soft_temperature():
+    # Each of 4 labels counts 5/6: sigmoid(2 / T) = 5/6.
+    assert fit_temperature(torch.tensor([[2.0, 0.0]] * 4), torch.zeros(4, dtype=torch.long)) == pytest.approx(2 / math.log(5), rel=1e-4)
+
+
+def test_fitted_weights_minimise_the_nll_of_the_mixture_and_one_imagined_picture_each():
     p = torch.tensor([[[0.9, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]])
     assert fit_weights(p, torch.tensor([0, 0])) == pytest.approx([0.5, 0.5])
-    assert fit_weights(p, torch.tensor([0, 1]))[0] == pytest.approx(1.0)
-    # Likelihoods (0.9, 0.1) twice and (0.2, 0.8) once: d/dw of 2 ln(0.1 + 0.8 w) + ln(0.8 - 0.6 w) is 0 at w = 61/72.
-    p = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.2, 0.8]], [[0.1, 0.9], [0.1, 0.9], [0.8, 0.2]]])
-    assert fit_weights(p, torch.tensor([0, 0, 0]), iterations=2000)[0] == pytest.approx(61 / 72, abs=1e-3)
+    # Slope of 2 ln(0.1 + 0.8 w) + ln w + ln(1 - w), the last two from the imagined pictures: 0 where 3.2 w^2 - 2.2 w - 0.1 = 0.
+    assert fit_weights(p, torch.tensor([0, 1]))[0] == pytest.approx((2.2 + math.sqrt(6.12)) / 6.4, abs=1e-4)
+    # One teacher explains both pictures alone: 2 and 1 imagined of 4.
+    sure = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    assert fit_weights(sure, torch.tensor([0, 1]))[0] == pytest.approx(3 / 4)
