@@ -185,11 +185,11 @@ def results(name, seed, home, seconds):
     for model, result in report["models"].items():
         part = Path(model).parent.name if model.endswith("best.pt") else Path(model).name
         part = "int8" if part.endswith(".ts") else part
-        steps = read(Path(model).parent / "log.csv")[-1]["steps"] if model.endswith("best.pt") else ""
+        trained = read(Path(model).parent / "log.csv")[-1] if model.endswith("best.pt") else {"steps": "", "seconds": seconds.get(part, "")}
         for test_set, s in result["sets"].items():
             difference = s["minus_baseline"]
             yield (name, seed, part, test_set, s["n"], *(round(s[key], 5) for key in ("accuracy", "balanced_accuracy", "nll", "ece")),
-                   *(round(v, 5) for v in (difference["difference"], *difference["interval"])), steps, seconds.get(part, ""), code)
+                   *(round(v, 5) for v in (difference["difference"], *difference["interval"])), trained["steps"], trained["seconds"], code)
 
 
 def append(path, fields, rows):
@@ -224,9 +224,13 @@ def read(path):
     return list(csv.DictReader(open(path, newline="", encoding="utf-8"))) if Path(path).is_file() else []
 
 
-def over_seeds(rows):
-    values = [100 * float(row["balanced_accuracy"]) for row in rows]
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else float("nan")
+def over_seeds(values, sign=""):
+    """'mean ± standard deviation', the latter where there are several."""
+    return f"{np.mean(values):{sign}.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def balanced_accuracies(rows):
+    return [100 * float(row["balanced_accuracy"]) for row in rows]
 
 
 def gain(rows):
@@ -244,16 +248,16 @@ def print_table(rows):
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
         seeds = sorted({row["seed"] for row in of_set})
-        print(f"\n{name}: {len(seeds)} seeds ({', '.join(seeds)}), {of_set[0]['n']} test pictures, {next(r['steps'] for r in of_set if r['model'] == 'alone')} steps\n")
+        print(f"\n{name}: seeds {', '.join(seeds)}, {of_set[0]['n']} test pictures, {next(r['steps'] for r in of_set if r['model'] == 'alone')} steps\n")
         print("| model | balanced accuracy, % | accuracy minus stand-alone, points | stand-alone's errors removed, % | seconds |\n|---|---|---|---|---|")
-        alone, _ = over_seeds([row for row in of_set if row["model"] == "alone"])
+        alone = np.mean(balanced_accuracies([row for row in of_set if row["model"] == "alone"]))
         for model in dict.fromkeys(row["model"] for row in of_set):
             of_model = [row for row in of_set if row["model"] == model]
-            mean, spread = over_seeds(of_model)
+            values = balanced_accuracies(of_model)
             value, half = gain(of_model)
             time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
-            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{100 * (mean - alone) / max(100 - alone, 1e-9):.0f}"]
-            print(f"| {model} | {mean:.1f} ± {spread:.1f} | {' | '.join(columns)} | {np.mean(time_taken) if time_taken else 0:.0f} |")
+            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{100 * (np.mean(values) - alone) / max(100 - alone, 1e-9):.0f}"]
+            print(f"| {model} | {over_seeds(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
 
 
 def errors_removed(m, student):
@@ -288,8 +292,7 @@ def print_figures(rows):
                 except KeyError:  # a set without a pool, or without test_shifted
                     continue
             means += [np.mean(values)] if values else []
-            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):+.1f}{spread}" if values else "")
+            cells.append(over_seeds(values, "+") if values else "")
         print(f"| {figure} | {' | '.join(cells)} | {f'{np.mean(means):+.1f}' if means else ''} |")
 
 
