@@ -171,18 +171,6 @@ def autocast(device):
 
 
 @torch.inference_mode()
-def features(model, pictures, device, batch_size=64):
-    """What a teacher's last layer sees of the plain pictures: float32 [N, D] on the CPU."""
-    found = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = pictures.batch(range(start, min(start + batch_size, len(pictures))), device).permute(0, 3, 1, 2).float()
-        with autocast(device):
-            maps = model.backbone.forward_features(model.normalise(pixels))
-            found.append(model.backbone.forward_head(maps, pre_logits=True).float().cpu())
-    return torch.cat(found)
-
-
-@torch.inference_mode()
 def predict(model, pictures, device, batch_size=64):
     """Logits of the plain pictures: float32 [N, classes] on the CPU, for N = len(pictures)."""
     logits = []
@@ -192,3 +180,9 @@ def predict(model, pictures, device, batch_size=64):
         with autocast(device):
             logits.append(model(pixels).float().cpu())
     return torch.cat(logits)
+
+
+def features(model, pictures, device):
+    """What a teacher's last layer sees of the plain pictures: float32 [N, D] on the CPU."""
+    backbone = model.backbone
+    return predict(lambda pixels: backbone.forward_head(backbone.forward_features(model.normalise(pixels)), pre_logits=True), pictures, device)

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import EMBEDDED, data_folder  # noqa: E402
+from default_chain import combined_interval  # noqa: E402
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
@@ -216,8 +217,9 @@ def main():
             for name in args.sets:
                 if (name, str(seed)) not in {(row["set"], row["seed"]) for row in read(args.csv)}:
                     run(TASKS[name], name, seed, args)
-    print_table(read(args.csv))
-    print_figures(read(args.csv))
+    rows = read(args.csv)
+    print_table(rows)
+    print_figures(rows)
 
 
 def read(path):
@@ -233,14 +235,9 @@ def balanced_accuracies(rows):
     return [100 * float(row["balanced_accuracy"]) for row in rows]
 
 
-def gain(rows):
-    """Mean over seeds of the paired accuracy difference to `alone`, and half its 95 % interval.
-
-    Variance over pictures (seeds share the test pictures, so not divided by their number) plus variance of the mean over seeds.
-    """
-    values = np.array([float(row["minus_alone"]) for row in rows])
-    pictures = np.mean([((float(row["minus_alone_high"]) - float(row["minus_alone_low"])) / 3.92) ** 2 for row in rows])
-    return 100 * values.mean(), 196 * np.sqrt(pictures + (values.var(ddof=1) / len(values) if len(values) > 1 else 0.0))
+def errors_removed(balanced_accuracy, alone):
+    """Share of the stand-alone's errors that are gone, in %; both accuracies in %."""
+    return 100 * (balanced_accuracy - alone) / max(100 - alone, 1e-9)
 
 
 def print_table(rows):
@@ -254,22 +251,19 @@ def print_table(rows):
         for model in dict.fromkeys(row["model"] for row in of_set):
             of_model = [row for row in of_set if row["model"] == model]
             values = balanced_accuracies(of_model)
-            value, half = gain(of_model)
+            value, half = combined_interval([{"difference": float(row["minus_alone"]),
+                                              "interval": (float(row["minus_alone_low"]), float(row["minus_alone_high"]))} for row in of_model])
             time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
-            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{100 * (np.mean(values) - alone) / max(100 - alone, 1e-9):.0f}"]
+            columns = ["", ""] if model == "alone" else [f"{100 * value:+.1f} ± {100 * half:.1f}", f"{errors_removed(np.mean(values), alone):.0f}"]
             print(f"| {model} | {over_seeds(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
-
-
-def errors_removed(m, student):
-    return 100 * (m[student] - m["alone"]) / max(100 - m["alone"], 1e-9)
 
 
 STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
 FIGURES = {  # of m: model -> balanced accuracy in %, one set and seed, mean over its test sets
     "distilled (labelled only) minus stand-alone": lambda m: m["distilled"] - m["alone"],
     "distilled (with the pool) minus stand-alone": lambda m: m["distilled_pool"] - m["alone"],
-    "stand-alone's errors removed (labelled only), %": lambda m: errors_removed(m, "distilled"),
-    "stand-alone's errors removed (with the pool), %": lambda m: errors_removed(m, "distilled_pool"),
+    "stand-alone's errors removed (labelled only), %": lambda m: errors_removed(m["distilled"], m["alone"]),
+    "stand-alone's errors removed (with the pool), %": lambda m: errors_removed(m["distilled_pool"], m["alone"]),
     "distilled minus the best stand-alone CNN": lambda m: m.get("distilled_pool", m["distilled"]) - max(m[name] for name in STAND_ALONE_CNNS),
     "ensemble minus distilled (labelled only)": lambda m: m["ensemble"] - m["distilled"],
     "ensemble minus distilled (with the pool)": lambda m: m["ensemble"] - m["distilled_pool"],

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def call(script, *words):
 
 
 def run(name, seed, levers, args):
-    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
+    task = replace(TASKS[name], views=())  # the scripts' own, from which the levers start
+    home = Path(args.output) / name / f"seed_{seed}_{task.side}px"
     data = development_folder(task, args, home, seed)
     done = {row["lever"] for row in read(args.csv) if (row["set"], row["side"], row["seed"]) == (name, str(task.side), str(seed))}
     teach = dict(stages(task, data, home, Path(args.weights), seed))["teachers"]
