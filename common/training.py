@@ -43,10 +43,9 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
     val: Pictures that choose the epoch; record: what the checkpoints say beside metrics and weights;
     args: epochs, lr, warmup, ema_decay, clip_grad, seed and resume are read; watch: a Stopwatch.
 
-    Writes folder/last.pt (all that --resume needs), folder/best.pt (the averaged weights of the best
-    validation) and folder/log.csv, ten times per run. Best means the highest balanced accuracy on
-    val, ties broken by NLL. Every epoch seeds itself from seed and epoch number, so a resumed run
-    ends with the same weights on a CPU. Returns the best validation's metrics. Raises
+    Writes folder/last.pt (all that --resume needs), folder/best.pt (the averaged weights of the
+    validation that `good_enough` chooses) and folder/log.csv, ten times per run. Every epoch seeds itself from seed and epoch number, so a resumed run
+    ends with the same weights on a CPU. Returns the chosen validation's metrics. Raises
     FloatingPointError when the loss is not finite.
     """
     folder, total = Path(folder), args.epochs * steps_per_epoch
@@ -116,7 +115,7 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
                 weights = {name: tensor.detach().cpu() for name, tensor in ema.module.state_dict().items()}
                 state = {**record, "epoch": epoch, "metrics": metrics, "history": history,
                          "state_dict": weights, "weights_sha256": weights_sha256(weights)}
-                if best is None or _rank(metrics) > _rank(best):
+                if good_enough(history, len(val)):
                     best = metrics
                     save(state, folder / "best.pt")
                 save({**state, "best": best, "raw_state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -125,8 +124,17 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
     return best
 
 
-def _rank(metrics):
-    return metrics["balanced_accuracy"], -metrics["nll"]
+def good_enough(history, n):
+    """Whether the last validation is within one standard error of the highest balanced accuracy so far.
+
+    history: rows of log.csv; n: validation pictures. So best.pt ends as the latest checkpoint that n pictures
+    cannot tell from the best: thirty of them would often prefer one of mid-schedule by a picture's luck, at
+    several points of accuracy. Breiman et al. 1984's rule, with the longest training for the simplest model;
+    the standard error is Agresti and Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
+    """
+    *_, last = values = [row["val_balanced_accuracy"] for row in history]
+    p = (n * max(values) + 2) / (n + 4)
+    return last >= max(values) - (p * (1 - p) / (n + 4)) ** 0.5
 
 
 def _comparable(args):

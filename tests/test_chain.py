@@ -150,6 +150,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkey
     assert [[line.rsplit(",", 1)[0] for line in log] for log in logs][0] == [line.rsplit(",", 1)[0] for line in logs[1]]
 
 
+def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():
+    history = [{"val_balanced_accuracy": a} for a in (0.90, 29 / 30, 28 / 30, 27 / 30)]
+    chosen = [training.good_enough(history[:end], 30) for end in range(1, 5)]
+    assert chosen == [True, True, True, False]  # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
+    assert training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 30)  # 1 - 0.0404
+    assert not training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 300)  # 1 - 0.0046
+
+
 def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
     command = [sys.executable, str(ROOT / "build_ensemble.py"), "--views", "40", "-b", "8", "--device", "cpu", "--output"]
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
