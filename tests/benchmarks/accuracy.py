@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.data import EMBEDDED, data_folder  # noqa: E402
-from default_chain import combined_interval  # noqa: E402
+from default_chain import combined_interval, with_spread  # noqa: E402
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
@@ -226,18 +226,27 @@ def read(path):
     return list(csv.DictReader(open(path, newline="", encoding="utf-8"))) if Path(path).is_file() else []
 
 
-def over_seeds(values, sign=""):
-    """'mean ± standard deviation', the latter where there are several."""
-    return f"{np.mean(values):{sign}.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-
-
 def balanced_accuracies(rows):
-    return [100 * float(row["balanced_accuracy"]) for row in rows]
+    """In %, one per seed, the mean over its test sets."""
+    return [np.mean([100 * float(row["balanced_accuracy"]) for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})]
 
 
 def errors_removed(balanced_accuracy, alone):
     """Share of the stand-alone's errors that are gone, in %; both accuracies in %."""
     return 100 * (balanced_accuracy - alone) / max(100 - alone, 1e-9)
+
+
+def minus_alone(rows):
+    """(accuracy minus the stand-alone student's in points, half of its 95 % interval) over the seeds and test sets of one model and set."""
+    return mean_of([combined_interval([{"difference": 100 * float(row["minus_alone"]),
+                                        "interval": (100 * float(row["minus_alone_low"]), 100 * float(row["minus_alone_high"]))}
+                                       for row in rows if row["test_set"] == test_set]) for test_set in {row["test_set"] for row in rows}])
+
+
+def mean_of(parts):
+    """The mean of independent (value, half interval), as such a pair."""
+    values, halves = np.transpose(parts)
+    return values.mean(), (halves**2).sum() ** 0.5 / len(halves)
 
 
 def print_table(rows):
@@ -251,11 +260,10 @@ def print_table(rows):
         for model in dict.fromkeys(row["model"] for row in of_set):
             of_model = [row for row in of_set if row["model"] == model]
             values = balanced_accuracies(of_model)
-            value, half = combined_interval([{"difference": float(row["minus_alone"]),
-                                              "interval": (float(row["minus_alone_low"]), float(row["minus_alone_high"]))} for row in of_model])
+            value, half = minus_alone(of_model)
             time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
-            columns = ["", ""] if model == "alone" else [f"{100 * value:+.1f} ± {100 * half:.1f}", f"{errors_removed(np.mean(values), alone):.0f}"]
-            print(f"| {model} | {over_seeds(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
+            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{errors_removed(np.mean(values), alone):.0f}"]
+            print(f"| {model} | {with_spread(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
 
 
 STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
@@ -286,8 +294,12 @@ def print_figures(rows):
                 except KeyError:  # a set without a pool, or without test_shifted
                     continue
             means += [np.mean(values)] if values else []
-            cells.append(over_seeds(values, "+") if values else "")
+            cells.append(with_spread(values, "+") if values else "")
         print(f"| {figure} | {' | '.join(cells)} | {f'{np.mean(means):+.1f}' if means else ''} |")
+    for model in ("distilled", "distilled_pool"):
+        differences = [minus_alone(of_set) for name in sets if (of_set := [row for row in rows if (row["set"], row["model"]) == (name, model)])]
+        value, half = mean_of(differences)
+        print(f"\n{model} minus stand-alone, accuracy, mean over {len(differences)} sets: {value:+.1f} ± {half:.1f} points (95 % over pictures and seeds)")
 
 
 def balanced(rows):

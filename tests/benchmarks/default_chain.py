@@ -56,8 +56,9 @@ def find(metrics, part):
     return next(m for path, m in metrics["models"].items() if path.removesuffix("/best.pt").endswith(f"/{part}"))
 
 
-def with_spread(values):
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
+def with_spread(values, sign=""):
+    """'mean ± standard deviation' of one number per seed, the latter where there are several."""
+    return f"{np.mean(values):{sign}.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def combined_interval(differences):
@@ -87,8 +88,8 @@ def main():
     print("|---|" + "---|" * (len(sets) + 4))
     for part, label in labels.items():
         of_part = [find(metrics, part) for metrics, _ in runs]
-        columns = [with_spread([m["sets"][s]["accuracy"] for m in of_part]) for s in sets]
-        columns.append(with_spread([m["mean_accuracy"] for m in of_part]))
+        columns = [with_spread([100 * m["sets"][s]["accuracy"] for m in of_part]) for s in sets]
+        columns.append(with_spread([100 * m["mean_accuracy"] for m in of_part]))
         value, half = combined_interval([m["minus_baseline"] for m in of_part])
         columns.append("" if part == "alone" else f"{100 * value:+.1f} ± {100 * half:.1f}")
         columns += [f"{of_part[0]['parameters'] / 1e6:.1f}", f"{np.median([m['latency_ms'] for m in of_part]):.0f}"]
