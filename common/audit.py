@@ -20,7 +20,7 @@ from common.cli import UserError
 from common.data import Pictures, open_pack, open_test_sets, test_folders, whole
 from common.shortcuts import probe
 
-VERSION = 2  # raise it when the audit changes
+VERSION = 3  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 NEIGHBOURS = 7  # whose labels are compared with a picture's own
 SHOWN = 3  # examples of each finding that are printed
@@ -31,7 +31,7 @@ def audit(sets, cache_dir):
 
     sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys of the result: `copies` (dicts with picture, set,
     row and of, of_set, of_row, kind 'bytes', 'pixels' or 'near', likeness, labels), `conflicts` (equal pictures of one set with
-    different labels), `shortcuts` (see `probe`), `groups` (a proposal or None), `sizes` and `per_class` (pictures per set).
+    different labels), `shortcuts` (see `probe`), `groups` (a proposal or None), `sizes` and `per_class` (pictures per set), `side` (px at which they were looked at).
     """
     key = hashlib.sha256(json.dumps([VERSION, [[name, *(pack.fingerprint for pack in pictures.packs), hashlib.sha256(pictures.rows.tobytes()).hexdigest()]
                                                for name, pictures in sets.items()]]).encode()).hexdigest()[:12]
@@ -45,7 +45,7 @@ def audit(sets, cache_dir):
     copies, conflicts = find_copies(sets)
     found = {"copies": copies, "conflicts": conflicts, "shortcuts": probe(train, tests) if tests else {},
              "groups": propose_groups([train.path(i) for i in range(len(train))]),
-             "sizes": {name: len(pictures) for name, pictures in sets.items()},
+             "sizes": {name: len(pictures) for name, pictures in sets.items()}, "side": int(train.packs[0].images.shape[1]),
              "per_class": {name: np.bincount(pictures.labels, minlength=int(train.labels.max()) + 1).tolist()
                            for name, pictures in labelled.items()}}
     save_json(found, path)
@@ -158,15 +158,17 @@ def check(train, val, record, args):
 
 def describe(found, classes, group_regex=None):
     """The findings in lines for people; nothing for what is as it should be."""
-    lines = []
-    for kind, words in (("bytes", "byte for byte in"), ("pixels", "pixel for pixel in"), ("near", "nearly copies of pictures in")):
+    lines, near = [], "nearly copies of pictures in"
+    if found["side"] < duplicates.FINE:  # parts of one design agree in all that can be seen there
+        near = f"perhaps nearly copies (at {found['side']} px hard to tell; --view-size {duplicates.FINE} tells more) of pictures in"
+    for kind, words in (("bytes", "byte for byte in"), ("pixels", "pixel for pixel in"), ("near", near)):
         of_kind = [c for c in found["copies"] if c["kind"] == kind]
         for (name, of), count in Counter((c["set"], c["of_set"]) for c in of_kind).items():
             some = [f"{c['picture']} = {c['of']}" for c in of_kind if (c["set"], c["of_set"]) == (name, of)][:SHOWN]
             lines.append(f"{count} of {found['sizes'][name]} pictures of {name} are {words} {of}: {', '.join(some)}" + (", ..." if count > SHOWN else ""))
     different = [c for c in found["copies"] if min(c["labels"]) >= 0 and c["labels"][0] != c["labels"][1]]
     for c in [*found["conflicts"], *({**c, "set": f"{c['set']} and {c['of_set']}"} for c in different)][:2 * SHOWN]:
-        lines.append(f"{c['set']}: {c['picture']} and {c['of']} are copies with different labels")
+        lines.append(f"{c['set']}: {c['picture']} and {c['of']} {'look like' if c.get('kind') == 'near' else 'are'} copies with different labels")
     if found["groups"] and group_regex is None:
         g = found["groups"]
         lines.append(f"file names such as {g['example']} suggest {g['groups']} groups of up to {g['largest']} pictures; if these show one part each, "

@@ -66,6 +66,11 @@ def test_changed_copies_are_found_and_parts_that_look_alike_are_not(planted):
     assert {c["kind"] for c in copies} == {"near"} and not conflicts
 
 
+@pytest.mark.parametrize("side, words", [(128, "of test are nearly copies of"), (64, "of test are perhaps nearly copies (at 64 px")])
+def test_near_copies_are_called_perhaps_so_where_the_pack_is_coarse(planted, side, words):
+    assert words in "\n".join(audit.describe(audit.audit(sets_of(planted, side), planted / "packs"), CLASSES))
+
+
 def test_equal_bytes_equal_pixels_and_differing_labels_are_told_apart(tmp_path):
     for number in range(12):
         put(tmp_path / "train", number, picture(number))
