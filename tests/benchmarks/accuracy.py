@@ -219,6 +219,7 @@ def main():
                     run(TASKS[name], name, seed, args)
     rows = read(args.csv)
     print_table(rows)
+    print_models(rows)
     print_figures(rows)
 
 
@@ -232,8 +233,8 @@ def balanced_accuracies(rows):
 
 
 def errors_removed(balanced_accuracy, alone):
-    """Share of the stand-alone's errors that are gone, in %; both accuracies in %."""
-    return 100 * (balanced_accuracy - alone) / max(100 - alone, 1e-9)
+    """Share of the stand-alone's errors that are gone, in %; both accuracies in %. nan where it makes none."""
+    return 100 * (balanced_accuracy - alone) / (100 - alone) if alone < 100 else float("nan")
 
 
 def minus_alone(rows):
@@ -262,8 +263,17 @@ def print_table(rows):
             values = balanced_accuracies(of_model)
             value, half = minus_alone(of_model)
             time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
-            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{errors_removed(np.mean(values), alone):.0f}"]
+            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", f"{errors_removed(np.mean(values), alone):.0f}".replace("nan", "")]
             print(f"| {model} | {with_spread(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
+
+
+def print_models(rows):
+    """Balanced accuracy of each model on each set, over seeds, and its mean over the sets that have the model."""
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    print(f"\n| balanced accuracy, % | {' | '.join(sets)} | mean |\n|---|{'---|' * (len(sets) + 1)}")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        values = [balanced_accuracies([row for row in rows if (row["set"], row["model"]) == (name, model)]) for name in sets]
+        print(f"| {model} | {' | '.join(with_spread(v) if v else '' for v in values)} | {np.mean([np.mean(v) for v in values if v]):.1f} |")
 
 
 STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
@@ -293,6 +303,7 @@ def print_figures(rows):
                     values.append(formula(balanced([row for row in rows if (row["set"], row["seed"]) == (name, seed)])))
                 except KeyError:  # a set without a pool, or without test_shifted
                     continue
+            values = [value for value in values if not np.isnan(value)]
             means += [np.mean(values)] if values else []
             cells.append(with_spread(values, "+") if values else "")
         print(f"| {figure} | {' | '.join(cells)} | {f'{np.mean(means):+.1f}' if means else ''} |")
