@@ -78,6 +78,8 @@ def distil(output, args, watch):
     ensemble = load_ensemble(args.ensemble)
     recipe = recipe_from_record(ensemble["view_recipe"])
     device = cli.pick_device(args.device)
+    if ensemble["unlabelled"]:
+        args.unlabelled = args.unlabelled or ensemble["unlabelled"]["dir"]
     with watch("pictures"):
         labelled, train, val, data_record = open_pictures(ensemble, args)
         cached = open_views(args.ensemble, ensemble) if args.alpha else []
@@ -123,7 +125,7 @@ def open_pictures(ensemble, args):
     labelled, val, data_record = data.open_training_data(where, args)
     train, pool = labelled, ensemble["unlabelled"]
     if pool:
-        pack = data.open_pack(args.unlabelled or pool["dir"], data_record["view_size"], args, labelled=False)
+        pack = data.open_pack(args.unlabelled, data_record["view_size"], args, labelled=False)
         require_same({"unlabelled": pool["fingerprint"]}, {"unlabelled": pack.fingerprint}, f"{pack.folder} against {args.ensemble}",
                      "give the --unlabelled folder the ensemble was made from, or build it again")
         train = data.with_pool(train, pack)

@@ -5,7 +5,7 @@
     python train_teacher.py --epochs 2 --model resnet10t  # a minute on a laptop
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where there is one (else a part of train is held out)
-Writes  runs/<model>/best.pt   averaged weights of the epoch that was best on val
+Writes  runs/<model>/best.pt   averaged weights, of the latest epoch that val cannot tell from the best
         runs/<model>/last.pt   all that --resume needs
         runs/<model>/log.csv   the training curve
 Next    build_ensemble.py
@@ -75,10 +75,13 @@ def main():
         models.check_name(name)
         if file is not None and not Path(file).is_file():
             raise cli.UserError(f"--weights {file}: no such file")
-        training.check_run_folder(Path(args.output) / name, args)
+    folders = [Path(args.output) / name for name in args.model]
+    begun = [folder for folder in folders if (folder / "last.pt").is_file()]
+    for folder in begun if args.resume and begun else folders:  # an interruption may leave teachers that had not begun
+        training.check_run_folder(folder, args)
     with ExitStack() as held:
-        for name in args.model:
-            held.enter_context(exclusive(Path(args.output) / name))
+        for folder in folders:
+            held.enter_context(exclusive(folder))
         train_all(weights, recipe, args, watch)
     print(watch)
 

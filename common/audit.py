@@ -53,8 +53,8 @@ def audit(sets, cache_dir):
 
 
 def all_sets(train, val, record, tests, args):
-    """{name: Pictures} in the order that `audit` wants: train, val, the data folder's unlabelled pool if any, tests."""
-    pool = Path(record["dir"]) / "unlabelled"
+    """{name: Pictures} in the order that `audit` wants: train, val, the unlabelled pool if any (args.unlabelled or the data folder's), tests."""
+    pool = Path(getattr(args, "unlabelled", None) or Path(record["dir"]) / "unlabelled")
     unlabelled = {"unlabelled": whole(open_pack(pool, record["view_size"], args, labelled=False))} if pool.is_dir() else {}
     return {"train": train, "val": val, **unlabelled, **tests}
 

@@ -56,10 +56,11 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
     scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True)
     first_epoch, best, history = 0, None, []
-    if args.resume:
+    if args.resume and (folder / "last.pt").is_file():
         state = load(folder / "last.pt")
         require_same(_comparable(state["args"]), _comparable(record["args"]), "--resume", "resume with the flags the run began with")
         require_same({"data": state["data"]["fingerprint"]}, {"data": record["data"]["fingerprint"]}, "--resume", "the pictures changed")
+        require_same({"ensemble": state.get("ensemble_sha256")}, {"ensemble": record.get("ensemble_sha256")}, "--resume", "the ensemble was built anew")
         ema.module.load_state_dict(state["state_dict"])
         model.load_state_dict(state["raw_state_dict"])
         optimizer.load_state_dict(state["optimizer"])
@@ -115,7 +116,7 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
                 weights = {name: tensor.detach().cpu() for name, tensor in ema.module.state_dict().items()}
                 state = {**record, "epoch": epoch, "metrics": metrics, "history": history,
                          "state_dict": weights, "weights_sha256": weights_sha256(weights)}
-                if good_enough(history, len(val)):
+                if good_enough(history, balanced_number(val.labels)):
                     best = metrics
                     save(state, folder / "best.pt")
                 save({**state, "best": best, "raw_state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -127,7 +128,7 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
 def good_enough(history, n):
     """Whether the last validation is within one standard error of the highest balanced accuracy so far.
 
-    history: rows of log.csv; n: validation pictures. So best.pt ends as the latest checkpoint that n pictures
+    history: rows of log.csv; n: validation pictures, see `balanced_number`. So best.pt ends as the latest checkpoint that n pictures
     cannot tell from the best: thirty of them would often prefer one of mid-schedule by a picture's luck, at
     several points of accuracy. Breiman et al. 1984's rule, with the longest training for the simplest model;
     the standard error is Agresti and Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
@@ -135,6 +136,13 @@ def good_enough(history, n):
     *_, last = values = [row["val_balanced_accuracy"] for row in history]
     p = (n * max(values) + 2) / (n + 4)
     return last >= max(values) - (p * (1 - p) / (n + 4)) ** 0.5
+
+
+def balanced_number(labels):
+    """How many pictures of equal classes would give balanced accuracy the standard error it has with these: K^2 / sum_c 1 / N_c."""
+    counts = torch.bincount(labels)
+    counts = counts[counts > 0]
+    return float(len(counts) ** 2 / (1 / counts).sum())
 
 
 def _comparable(args):

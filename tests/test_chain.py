@@ -123,10 +123,10 @@ def test_soft_targets_are_the_mixture_of_the_stored_logits(tiny):
 @pytest.mark.parametrize("script", ["teacher", "student"])
 def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkeypatch, script):
     if script == "teacher":
-        main, run = train_teacher.main, "test_vit"
-        words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_vit", "--epochs", 4, "-b", 16, *CPU)
+        main, runs = train_teacher.main, ("test_vit", "test_resnet")  # the second one has not begun when the first is interrupted
+        words = ("--data-dir", "parts", "--view-size", SIDE, "--model", *runs, "--epochs", 4, "-b", 16, *CPU)
     else:
-        main, run, words = distill.main, "", ("--epochs", 4, "-b", 16, *CPU)
+        main, runs, words = distill.main, ("",), ("--epochs", 4, "-b", 16, *CPU)
     assert call(main, *words, "--output", tmp_path / "whole") == 0
 
     real, saved = training.save, []
@@ -140,13 +140,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkey
     monkeypatch.setattr(training, "save", save_then_interrupt)
     assert call(main, *words, "--output", tmp_path / "cut") == 130
     monkeypatch.setattr(training, "save", real)
-    assert load(tmp_path / "cut" / run / "last.pt")["epoch"] == 2
+    assert load(tmp_path / "cut" / runs[0] / "last.pt")["epoch"] == 2
     assert call(main, *words, "--output", tmp_path / "cut") == 2  # neither --resume nor --overwrite
     assert call(main, *words, "--output", tmp_path / "cut", "--resume", "--lr", 0.5) == 2  # another run
     assert call(main, *words, "--output", tmp_path / "cut", "--resume") == 0
-    for name in ("best.pt", "last.pt"):
-        assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)
-    logs = [(tmp_path / half / run / "log.csv").read_text().splitlines() for half in ("whole", "cut")]
+    for run in runs:
+        for name in ("best.pt", "last.pt"):
+            assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)
+    logs = [(tmp_path / half / runs[0] / "log.csv").read_text().splitlines() for half in ("whole", "cut")]
     assert [[line.rsplit(",", 1)[0] for line in log] for log in logs][0] == [line.rsplit(",", 1)[0] for line in logs[1]]
 
 
@@ -156,6 +157,7 @@ def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen()
     assert chosen == [True, True, True, False]  # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
     assert training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 30)  # 1 - 0.0404
     assert not training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 300)  # 1 - 0.0046
+    assert training.balanced_number(torch.tensor([0] * 90 + [1] * 10)) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)
 
 
 def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
