@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % point, by the number of seeds
 TEACHERS = ("levit_conv_128s", "resnet10t")
 
 
@@ -64,13 +65,13 @@ def with_spread(values, sign=""):
 def combined_interval(differences):
     """Mean over seeds of a paired difference and half the width of its 95 % interval.
 
-    differences: per seed {"difference", "interval"} from metrics.json. Variance is that over test
-    pictures (the seeds share them, so it is not divided by their number) plus that over seeds.
+    differences: per seed {"difference", "interval"} from metrics.json. The half width is the root of two squares: that over test
+    pictures (the seeds share them, so it is not divided by their number) and that over seeds, by Student's t (of one seed, nothing).
     """
     values = np.array([d["difference"] for d in differences])
-    pictures = np.mean([((d["interval"][1] - d["interval"][0]) / 3.92) ** 2 for d in differences])
-    seeds = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-    return values.mean(), 1.96 * np.sqrt(pictures + seeds)
+    pictures = np.mean([((d["interval"][1] - d["interval"][0]) / 2) ** 2 for d in differences])
+    seeds = STUDENT_T[len(values)] ** 2 * values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+    return values.mean(), np.sqrt(pictures + seeds)
 
 
 def main():

@@ -48,7 +48,7 @@ FIELDS = ("set", "side", "seed", "lever", "n", "accuracy", "balanced_accuracy", 
 
 def development_folder(task, args, home, seed):
     """As accuracy.py lays a set out, but with half of the unlabelled pictures, under their labels, for test/."""
-    folder = lay_out(task, source_of(task, args, home, seed), home, seed)
+    folder = lay_out(task, source_of(task, args, home), home, seed)
     if not (folder / "development").is_file():
         for file in (folder / "test").rglob("*.*"):
             file.unlink()
@@ -70,8 +70,9 @@ def run(name, seed, levers, args):
     data = development_folder(task, args, home, seed)
     done = {row["lever"] for row in read(args.csv) if (row["set"], row["side"], row["seed"]) == (name, str(task.side), str(seed))}
     teach = dict(stages(task, data, home, Path(args.weights), seed))["teachers"]
-    if not all((home / teacher / "best.pt").is_file() for teacher in TEACHERS):
+    if not (home / "taught").is_file():
         call(*teach)
+        (home / "taught").touch()
     for lever in [lever for lever in levers if lever not in done]:
         print(f"== {name} seed {seed}: {lever}", flush=True)
         teachers, ensemble_flags, student_flags, factor = LEVERS[lever]
