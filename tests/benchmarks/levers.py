@@ -91,7 +91,7 @@ def run(name, seed, levers, args):
 
 
 def print_table(rows):
-    """Balanced accuracy per set and side in px, and the mean over these and seeds of the difference to base, with its standard error."""
+    """Balanced accuracy per set and side in px, and the mean over these and seeds of the difference to base, with its standard error from three on."""
     found = {(row["lever"], (row["set"], row["side"]), row["seed"]): 100 * float(row["balanced_accuracy"]) for row in rows}
     sets = list(dict.fromkeys(its for _, its, _ in found))
     print(f"| lever | {' | '.join(f'{name}, {side} px' for name, side in sets)} | minus base |\n|---|{'---|' * len(sets)}---|")
@@ -102,7 +102,7 @@ def print_table(rows):
             values = [value for key, value in of_lever.items() if key[1] == its]
             cells.append(f"{np.mean(values):.1f}" if values else "")
         gains = [value - found["base", its, seed] for (_, its, seed), value in of_lever.items() if ("base", its, seed) in found]
-        spread = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        spread = f" ± {np.std(gains, ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 2 else ""
         print(f"| {lever} | {' | '.join(cells)} | {'' if lever == 'base' else f'{np.mean(gains):+.1f}{spread}'} |")
 
 
