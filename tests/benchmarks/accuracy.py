@@ -38,7 +38,7 @@ from default_chain import combined_interval, with_spread  # noqa: E402
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
 FIELDS = ("set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
-          "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds", "code")
+          "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds", "code")  # code: the commit when the row was written
 BATCH = 24
 
 

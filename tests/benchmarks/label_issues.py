@@ -53,16 +53,20 @@ def report(what, found, swapped, seconds=None):
           + (f", {1e3 * seconds:.0f} ms" if seconds is not None else ""), flush=True)
 
 
+def call(script, *words):
+    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
+
+
 def measure(args, seed):
     home = Path(args.output) / f"seed_{seed}"
     swapped = lay_out(args.data, args.per_class, home, seed)
     teachers = [home / name / "best.pt" for name in TEACHERS]
     weights = [args.weights / f"{name}.safetensors" for name in TEACHERS]
-    for words in (["train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model", *TEACHERS, "--weights", *weights,
-                   "--epochs", EPOCHS, "--output", home, "--seed", seed, "--overwrite"],
-                  ["build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", "--seed", seed, "--overwrite"]):
-        if words[0] != "train_teacher.py" or not all(path.is_file() for path in teachers):
-            subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
+    if not (home / "taught").is_file():
+        call("train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model", *TEACHERS, "--weights", *weights,
+             "--epochs", EPOCHS, "--output", home, "--seed", seed, "--overwrite")
+        (home / "taught").touch()
+    call("build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", "--seed", seed, "--overwrite")
     record = load_ensemble(home / "ensemble")
     names = {split: {p.name for p in (home / "data" / split).rglob("*.*")} for split in ("train", "val")}
     print(f"\nseed {seed}: {len(swapped & names['train'])} of {len(names['train'])} training labels and "
