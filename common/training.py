@@ -44,9 +44,9 @@ def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args
     args: epochs, lr, warmup, ema_decay, clip_grad, seed and resume are read; watch: a Stopwatch.
 
     Writes folder/last.pt (all that --resume needs), folder/best.pt (the averaged weights of the
-    validation that `good_enough` chooses) and folder/log.csv, ten times per run. Every epoch seeds itself from seed and epoch number, so a resumed run
-    ends with the same weights on a CPU. Returns the chosen validation's metrics. Raises
-    FloatingPointError when the loss is not finite.
+    validation that `good_enough` chooses) and folder/log.csv, ten times per run. Every epoch seeds
+    itself from seed and epoch number, so a resumed run ends with the same weights on a CPU. Returns
+    the chosen validation's metrics. Raises FloatingPointError when the loss is not finite.
     """
     folder, total = Path(folder), args.epochs * steps_per_epoch
     model.to(device, memory_format=torch.channels_last)

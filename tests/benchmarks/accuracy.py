@@ -174,10 +174,15 @@ def run(task, name, seed, args):
             continue
         print(f"== {name} seed {seed}: {stage}", flush=True)
         start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / words[0], *map(str, words[1:])], check=True)
+        call(*words)
         seconds[stage] = round(time.perf_counter() - start, 1)
         log.write_text(json.dumps(seconds))
     append(args.csv, FIELDS, results(name, seed, home, seconds))
+
+
+def call(script, *words):
+    """One of the scripts, as a user would call it."""
+    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
 
 
 def results(name, seed, home, seconds):

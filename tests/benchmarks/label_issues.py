@@ -9,7 +9,6 @@ with what was swapped. What ran before is not run again.
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
-from accuracy import TEACHERS, link  # noqa: E402
+from accuracy import TEACHERS, call, link  # noqa: E402
 
 from common import audit, data, models  # noqa: E402
 from common.ensemble import load_ensemble, open_views  # noqa: E402
@@ -51,10 +50,6 @@ def report(what, found, swapped, seconds=None):
     hits = len(found & swapped)
     print(f"  {what}: {len(found)} named, precision {hits / max(len(found), 1):.2f}, recall {hits / len(swapped):.2f}"
           + (f", {1e3 * seconds:.0f} ms" if seconds is not None else ""), flush=True)
-
-
-def call(script, *words):
-    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
 
 
 def measure(args, seed):

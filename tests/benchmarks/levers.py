@@ -10,17 +10,15 @@ other benchmark uses. Restartable; rows are appended to a CSV.
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import TASKS, TEACHERS, append, lay_out, read, source_of, stages  # noqa: E402
+from accuracy import TASKS, TEACHERS, append, call, lay_out, read, source_of, stages  # noqa: E402
 
 # lever: (teachers, flags of build_ensemble.py, flags of distill.py, steps as a multiple)
 LEVERS = {
@@ -58,10 +56,6 @@ def development_folder(task, args, home, seed):
             file.rename(folder / "test" / label / file.name)
         (folder / "development").touch()
     return folder
-
-
-def call(script, *words):
-    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
 
 
 def run(name, seed, levers, args):
