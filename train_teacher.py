@@ -37,7 +37,7 @@ def parse_arguments():
     start.add_argument("--weights", nargs="+", metavar="FILE", help="start from weight files, one per --model")
     p.add_argument("--view-size", type=cli.positive_int, help="side in px at which pictures are stored and views are made "
                    "(default: 224, or the pictures' own size where that is less; 64 for the embedded set)")
-    p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see (default: the view size)")
+    p.add_argument("--img-size", type=cli.positive_int, help="side in px the models see, raised to whole patches where they cut pictures into patches (default: the view size)")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", metavar="N", help="passes over the training pictures, one number for all models "
                    f"or one for each (default: as many as make {STEPS} steps)")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24, help="pictures per step")
@@ -109,8 +109,8 @@ def train_all(weights, recipe, args, watch):
 def train_one(name, weights, train, val, data_record, recipe, steps, args, device, watch):
     """Train one teacher and write its run folder."""
     torch.manual_seed(args.seed)
-    classes, img_size = data_record["classes"], args.img_size or data_record["view_size"]
-    model = models.create_teacher(name, len(classes), img_size, args.pretrained, weights)
+    classes = data_record["classes"]
+    model = models.create_teacher(name, len(classes), args.img_size or data_record["view_size"], args.pretrained, weights)
     fine_tuned = args.pretrained or weights is not None
     backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
     groups = models.parameter_groups(model, args.weight_decay, *((args.layer_decay or layer_decay, args.backbone_lr or backbone_lr) if fine_tuned else ()))
@@ -125,7 +125,7 @@ def train_one(name, weights, train, val, data_record, recipe, steps, args, devic
         each = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing, reduction="none")
         return (weights_of[labels] * each).mean()
 
-    record = {"kind": "teacher", "model": name, "classes": classes, "img_size": img_size, "data": data_record,
+    record = {"kind": "teacher", "model": name, "classes": classes, "img_size": model.img_size, "data": data_record,
               "view_recipe": recipe.record(), "args": training.plain_args(args)}
     best = training.fit(model, groups, batches, loss, val, steps, Path(args.output) / name, record, args, device, watch)
     print(f"{Path(args.output) / name / 'best.pt'}: val accuracy {best['accuracy']:.3f}, balanced {best['balanced_accuracy']:.3f}, "

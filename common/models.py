@@ -49,8 +49,9 @@ def check_name(name):
 def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
-    classes: their number; img_size: pixels; weights: path of a file in timm's key names. Raises
-    UserError when the weights cannot be had or do not fit, or the model does not take img_size.
+    classes: their number; img_size: pixels, raised to a whole number of patches where the model cuts pictures into
+    patches (timm would leave out the rest at the right and the bottom); weights: path of a file in timm's key names.
+    Raises UserError when the weights cannot be had or do not fit, or the model does not take img_size.
     """
     check_name(name)
     source = dict(pretrained=pretrained or weights is not None)
@@ -61,12 +62,17 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
             backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
         except TypeError:  # most CNNs take any size and have no such argument
             backbone = timm.create_model(name, num_classes=classes, **source)
+        patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))[0]
+        if img_size % patch:
+            return create_teacher(name, classes, -(-img_size // patch) * patch, pretrained, weights)
         if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):
             wake_residual_branches(backbone)
         config = backbone.pretrained_cfg
         model = Classifier(backbone, img_size, config["mean"], config["std"])
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, img_size, img_size))
+    except UserError:  # of the call above
+        raise
     except Exception as error:  # timm and the hub raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         if weights is not None:

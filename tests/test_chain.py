@@ -209,6 +209,14 @@ def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_
     assert load(checkpoint)["img_size"] == 40
 
 
+def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
+    model, pixels = create_teacher("vit_tiny_patch16_224", 2, 40).eval(), torch.rand(1, 3, 40, 40) * 255
+    edge_changed = pixels.clone()
+    edge_changed[..., -2:] = 0
+    assert model.img_size == 48  # of patches of 16
+    assert not torch.allclose(model(pixels), model(edge_changed))
+
+
 def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path):
     words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 2, "--lr", 1e30, "--clip-grad", 0, *CPU)
     with pytest.raises(FloatingPointError, match="lower --lr"):
