@@ -23,9 +23,10 @@ from common.checkpoints import exclusive, file_sha256, load, load_json, require_
 from common.ensemble import SCHEMA, load_ensemble, open_views, view_file, write_view
 from common.losses import fit_temperature, fit_weights, mixture
 from common.metrics import score
-from common.views import recipe_from_record, render
+from common.views import recipe_from_record, render_blended
 
 PICTURE_VIEWS = 10_000  # stored by default: about what 400 steps of 24 see once
+MIXUP = 0.7  # where no unlabelled pictures take part
 TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds otherwise
 
 
@@ -39,6 +40,8 @@ def parse_arguments():
     p.add_argument("--weights", choices=["fitted", "equal"], default="fitted", help="of the teachers in the mixture")
     p.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
                    help="change the views from those the teachers were trained on, as in zoom_min=0.6 (see common/views.py)")
+    p.add_argument("--mixup", type=cli.fraction, help="share of the views that are blended with another picture's view, so that the teachers are asked "
+                   f"more than few pictures ask (default: {MIXUP}, or 0 where unlabelled pictures take part)")
     p.add_argument("--check", type=cli.positive_int, metavar="N",
                    help="instead of building, recompute N stored picture-views and compare")
     p.add_argument("--data-dir", help="the pictures' folder (default: where the teachers found them)")
@@ -67,6 +70,7 @@ def build(args, watch):
         teachers, records, train, val, data_record = open_teachers(paths, args)
         labelled = train
         train, pool = add_unlabelled(train, data_record, args)
+    mixup = args.mixup if args.mixup is not None else 0.0 if pool else MIXUP
     with watch("audit"):
         audit.look(labelled, val, data_record, args)
     for path, record in zip(paths, records):
@@ -75,7 +79,7 @@ def build(args, watch):
     spec = {"schema": SCHEMA, "teachers": [{"path": str(path), "sha256": file_sha256(path), "model": record["model"],
                                             "img_size": record["img_size"]} for path, record in zip(paths, records)],
             "data": data_record, "unlabelled": pool, "pictures": len(train), "view_recipe": recipe_record,
-            "seed": args.seed, "dtype": "float32"}
+            "mixup": mixup, "seed": args.seed, "dtype": "float32"}
     folder = Path(args.output)
     begin(folder, spec, args.overwrite)
 
@@ -90,15 +94,15 @@ def build(args, watch):
 
     views = 1 + (args.views or max(4, PICTURE_VIEWS // len(train)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
-    print(f"{len(train)} pictures, {views} views of which {len(missing)} are to be computed")
+    print(f"{len(train)} pictures, {views} views ({100 * mixup:.0f} % of them blended) of which {len(missing)} are to be computed")
     with tqdm(total=len(missing) * len(train), desc="caching logits", disable=None, leave=False) as bar:
         for view in missing:
             logits = np.empty((len(teachers), len(train), len(data_record["classes"])), np.float32)
             for start in range(0, len(train), args.batch_size):
                 indices = np.arange(start, min(start + args.batch_size, len(train)))
                 with watch("views"):
-                    pixels = render(train.batch(indices, args.device), indices, np.full(len(indices), view),
-                                    args.seed, recipe_from_record(recipe_record))
+                    pixels = render_blended(train, indices, np.full(len(indices), view), args.seed,
+                                            recipe_from_record(recipe_record), mixup, args.device)
                 with watch("teachers"):
                     logits[:, indices] = teacher_logits(teachers, pixels, args.device)
                 bar.update(len(indices))
@@ -204,8 +208,8 @@ def check(args, watch):
     with watch("teachers"):
         for start in range(0, len(picks), args.batch_size):
             view_numbers, indices = picks[start:start + args.batch_size].T
-            pixels = render(train.batch(indices, args.device), indices, view_numbers, record["seed"],
-                            recipe_from_record(record["view_recipe"]))
+            pixels = render_blended(train, indices, view_numbers, record["seed"],
+                                    recipe_from_record(record["view_recipe"]), record["mixup"], args.device)
             stored = np.stack([views[v][:, i] for v, i in zip(view_numbers, indices)], axis=1)
             worst = max(worst, float(np.abs(stored - teacher_logits(teachers, pixels, args.device)).max()))
     if not worst <= TOLERANCE:

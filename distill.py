@@ -28,7 +28,7 @@ from common.export import Bfloat16Trunk, correct_head, export, float_trunk, int8
 from common.losses import class_weights, distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.operating_point import choose_threshold, describe, good_class
-from common.views import batch_plan, recipe_from_record, render
+from common.views import batch_plan, mixup_partners, recipe_from_record, render, render_blended
 
 STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain must end in 8 minutes on two cores
 
@@ -88,7 +88,7 @@ def distil(output, args, watch):
     classes, view_size = data_record["classes"], data_record["view_size"]
     if args.good_class and args.good_class not in classes:
         raise cli.UserError(f"--good-class {args.good_class}: the classes are {', '.join(classes)}")
-    used = len(train) if args.alpha else len(labelled)
+    pictures, mixup = (train, ensemble["mixup"]) if args.alpha else (labelled, 0.0)
     steps = -(-len(train) // args.batch_size)
     embedded = Path(data_record["dir"]) == Path(data.EMBEDDED)
     args.epochs = args.epochs or (EMBEDDED_EPOCHS if embedded else training.default_epochs(STEPS, steps))
@@ -99,11 +99,13 @@ def distil(output, args, watch):
     model = models.create_student(len(classes), args.img_size or view_size, args.pretrained, args.weights)
 
     def batches(first_step, steps):
-        for indices, passes in batch_plan(used, args.batch_size, args.seed, first_step, steps):
+        for indices, passes in batch_plan(len(pictures), args.batch_size, args.seed, first_step, steps):
             views = 1 + (passes % (len(cached) - 1) if cached else passes)
             soft = soft_targets(cached, ensemble, views, indices, args.temperature).to(device) if cached else None
-            pixels = render(train.batch(indices, device), indices, views, ensemble["seed"], recipe)
-            yield pixels, (train.labels[indices].to(device), soft)
+            pixels = render_blended(pictures, indices, views, ensemble["seed"], recipe, mixup, device)
+            _, own = mixup_partners(len(pictures), indices, views, ensemble["seed"], mixup)
+            labels = pictures.labels[indices].masked_fill(torch.from_numpy(own < 1), data.UNLABELLED)  # only the teachers know what a blend is
+            yield pixels, (labels.to(device), soft)
 
     weights = class_weights(labelled.labels, len(classes)).to(device) if args.balance_classes else None
 

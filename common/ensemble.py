@@ -14,7 +14,7 @@ from common.checkpoints import atomic_path, file_sha256, load_json
 from common.cli import UserError
 from common.losses import mixture
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def view_file(folder, view):

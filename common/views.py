@@ -136,6 +136,31 @@ def render(pictures, indices, views, seed, recipe):
     return torch.where(keep_plain, plain, result).contiguous(memory_format=torch.channels_last)
 
 
+def mixup_partners(count, indices, views, seed, mixup):
+    """Which views are blended with another picture's, with whose, and how much (mixup, Zhang et al. 2018).
+
+    count: pictures there are; indices, views: int sequences [B]; mixup: share of the views that are blended, view 0 never.
+    Returns (partners int64 [B] in [0, count), own float32 [B]): the blend is own * view + (1 - own) * the partner's view of that
+    number. own is uniform above a half, so that a picture stays the main part of its views, and 1 where nothing is blended.
+    """
+    u = uniform(seed, views, indices, 14)[:, 11:]  # the numbers before are the view's
+    own = np.where((u[:, 0] < mixup) & (np.asarray(views) > 0), 1 - u[:, 2] / 2, 1.0)
+    return (u[:, 1] * count).astype(np.int64), own.astype(np.float32)
+
+
+def render_blended(pictures, indices, views, seed, recipe, mixup, device):
+    """Views of some pictures of a `data.Pictures`, blended as `mixup_partners` says: float32 [B, 3, S, S] as of `render`."""
+    views = np.asarray(views)
+    pixels = render(pictures.batch(indices, device), indices, views, seed, recipe)
+    partners, own = mixup_partners(len(pictures), indices, views, seed, mixup)
+    rows = np.flatnonzero(own < 1)
+    if len(rows):
+        theirs = render(pictures.batch(partners[rows], device), partners[rows], views[rows], seed, recipe)
+        own = torch.from_numpy(own[rows]).to(device)[:, None, None, None]
+        pixels[rows] = own * pixels[rows] + (1 - own) * theirs
+    return pixels
+
+
 def batch_plan(count, batch_size, seed, first_step, steps):
     """Which pictures are trained on when, as a pure function of the step number.
 

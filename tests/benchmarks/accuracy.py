@@ -63,7 +63,7 @@ TASKS = {
     "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, r"^(\d+)_"),
     "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # good or defective solar cells, 300 labels with those of val
     "embedded": Task("embedded", 0, True, 70, 800, 150),  # with pretrained teachers, other than in the README's first table
-    "mvtec_screw": Task("mvtec_screw", 0, False, 224, 400, 300, views=("rotate=180",), flags=("--balance-classes",)),
+    "mvtec_screw": Task("mvtec_screw", 0, False, 168, 400, 150, views=("rotate=180",), flags=("--balance-classes",)),
 }
 
 

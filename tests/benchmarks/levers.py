@@ -24,8 +24,8 @@ from accuracy import TASKS, TEACHERS, append, call, lay_out, read, source_of, st
 LEVERS = {
     "base": (TEACHERS, (), (), 1),
     "stand-alone": (TEACHERS, (), ("--alpha", 0), 1),
-    "labelled pictures only": (TEACHERS, ("--unlabelled", "none"), (), 1),
-    "labelled pictures only, 6 views": (TEACHERS, ("--unlabelled", "none", "--views", 6), (), 1),
+    "labelled pictures only": (TEACHERS, ("--unlabelled", "none", "--mixup", 0), (), 1),
+    "labelled pictures only, 6 views": (TEACHERS, ("--unlabelled", "none", "--views", 6, "--mixup", 0), (), 1),
     "6 views": (TEACHERS, ("--views", 6), (), 1),
     "crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), (), 1),
     "temperature 1": (TEACHERS, (), ("--temperature", 1), 1),
@@ -39,7 +39,10 @@ LEVERS = {
     "equal weights": (TEACHERS, ("--weights", "equal"), (), 1),
     "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
     "stand-alone, crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), ("--alpha", 0), 1),
-    "labelled pictures only, crops down to half the side": (TEACHERS, ("--unlabelled", "none", "--view-recipe", "zoom_min=0.5"), (), 1),
+    "labelled pictures only, crops down to half the side": (TEACHERS, ("--unlabelled", "none", "--view-recipe", "zoom_min=0.5", "--mixup", 0), (), 1),
+    "blended views": (TEACHERS, ("--mixup", 0.7), (), 1),
+    "labelled pictures only, blended views": (TEACHERS, ("--unlabelled", "none", "--mixup", 0.7), (), 1),
+    "labelled pictures only, crops down to half the side, blended views": (TEACHERS, ("--unlabelled", "none", "--view-recipe", "zoom_min=0.5", "--mixup", 0.7), (), 1),
 }
 FIELDS = ("set", "side", "seed", "lever", "n", "accuracy", "balanced_accuracy", "nll", "steps", "seconds")
 
