@@ -174,7 +174,7 @@ def test_a_teacher_trains_on_the_same_views(inside, monkeypatch, tmp_path):
     assert call(train_teacher.main, *words, "--output", tmp_path) == 0
     trained = dict(seen)
     monkeypatch.setattr(views, "render", recording)
-    assert call(build_ensemble.main, tmp_path / "test_resnet" / "best.pt", "--views", 1, "--unlabelled", "none",
+    assert call(build_ensemble.main, tmp_path / "test_resnet" / "best.pt", "--views", 1, "--unlabelled", "none", "--mixup", 0,
                 "--output", tmp_path / "e", "--device", "cpu") == 0
     assert len(trained) > 50
     assert all(torch.equal(seen[key], pixels) for key, pixels in trained.items())
