@@ -101,8 +101,8 @@ def build(args, watch):
             for start in range(0, len(train), args.batch_size):
                 indices = np.arange(start, min(start + args.batch_size, len(train)))
                 with watch("views"):
-                    pixels = render_blended(train, indices, np.full(len(indices), view), args.seed,
-                                            recipe_from_record(recipe_record), mixup, args.device)
+                    pixels, _ = render_blended(train, indices, np.full(len(indices), view), args.seed,
+                                               recipe_from_record(recipe_record), mixup, args.device)
                 with watch("teachers"):
                     logits[:, indices] = teacher_logits(teachers, pixels, args.device)
                 bar.update(len(indices))
@@ -208,8 +208,8 @@ def check(args, watch):
     with watch("teachers"):
         for start in range(0, len(picks), args.batch_size):
             view_numbers, indices = picks[start:start + args.batch_size].T
-            pixels = render_blended(train, indices, view_numbers, record["seed"],
-                                    recipe_from_record(record["view_recipe"]), record["mixup"], args.device)
+            pixels, _ = render_blended(train, indices, view_numbers, record["seed"],
+                                       recipe_from_record(record["view_recipe"]), record["mixup"], args.device)
             stored = np.stack([views[v][:, i] for v, i in zip(view_numbers, indices)], axis=1)
             worst = max(worst, float(np.abs(stored - teacher_logits(teachers, pixels, args.device)).max()))
     if not worst <= TOLERANCE:

@@ -28,7 +28,7 @@ from common.export import Bfloat16Trunk, correct_head, export, float_trunk, int8
 from common.losses import class_weights, distillation_loss, fit_temperature, mixture
 from common.metrics import score
 from common.operating_point import choose_threshold, describe, good_class
-from common.views import batch_plan, mixup_partners, recipe_from_record, render, render_blended
+from common.views import batch_plan, recipe_from_record, render, render_blended
 
 STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain must end in 8 minutes on two cores
 
@@ -102,9 +102,8 @@ def distil(output, args, watch):
         for indices, passes in batch_plan(len(pictures), args.batch_size, args.seed, first_step, steps):
             views = 1 + (passes % (len(cached) - 1) if cached else passes)
             soft = soft_targets(cached, ensemble, views, indices, args.temperature).to(device) if cached else None
-            pixels = render_blended(pictures, indices, views, ensemble["seed"], recipe, mixup, device)
-            _, own = mixup_partners(len(pictures), indices, views, ensemble["seed"], mixup)
-            labels = pictures.labels[indices].masked_fill(torch.from_numpy(own < 1), data.UNLABELLED)  # only the teachers know what a blend is
+            pixels, blended = render_blended(pictures, indices, views, ensemble["seed"], recipe, mixup, device)
+            labels = pictures.labels[indices].masked_fill(blended, data.UNLABELLED)  # only the teachers know what a blend is
             yield pixels, (labels.to(device), soft)
 
     weights = class_weights(labelled.labels, len(classes)).to(device) if args.balance_classes else None

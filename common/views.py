@@ -149,16 +149,20 @@ def mixup_partners(count, indices, views, seed, mixup):
 
 
 def render_blended(pictures, indices, views, seed, recipe, mixup, device):
-    """Views of some pictures of a `data.Pictures`, blended as `mixup_partners` says: float32 [B, 3, S, S] as of `render`."""
+    """Views of some pictures of a `data.Pictures`, blended as `mixup_partners` says.
+
+    Returns (pixels float32 [B, 3, S, S] as of `render`, which of them are blends: bool tensor [B] on the CPU).
+    """
     views = np.asarray(views)
     pixels = render(pictures.batch(indices, device), indices, views, seed, recipe)
     partners, own = mixup_partners(len(pictures), indices, views, seed, mixup)
-    rows = np.flatnonzero(own < 1)
+    blended = torch.from_numpy(own < 1)
+    rows = np.flatnonzero(blended)
     if len(rows):
         theirs = render(pictures.batch(partners[rows], device), partners[rows], views[rows], seed, recipe)
         own = torch.from_numpy(own[rows]).to(device)[:, None, None, None]
         pixels[rows] = own * pixels[rows] + (1 - own) * theirs
-    return pixels
+    return pixels, blended
 
 
 def batch_plan(count, batch_size, seed, first_step, steps):

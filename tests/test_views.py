@@ -95,14 +95,15 @@ class Pile:
 
 def test_a_blend_is_the_mean_of_two_views_weighted_towards_its_own_picture():
     x, index, view = pictures(), np.arange(12), np.array([0, 1, 2] * 4)
-    together = render_blended(Pile(x), index, view, 7, RECIPE, 1.0, "cpu")
+    together, blended = render_blended(Pile(x), index, view, 7, RECIPE, 1.0, "cpu")
+    assert blended.tolist() == (view > 0).tolist()
     partners, own = mixup_partners(12, index, view, 7, 1.0)
     for i in index:
         mine, theirs = (render(x[j:j + 1], [j], view[i:i + 1], 7, RECIPE)[0] for j in (i, partners[i]))
         expected = mine if view[i] == 0 else own[i] * mine + (1 - own[i]) * theirs
         assert torch.allclose(together[i], expected, atol=1e-3)
-        assert torch.equal(together[i], render_blended(Pile(x), index[i:i + 1], view[i:i + 1], 7, RECIPE, 1.0, "cpu")[0])
-    assert torch.equal(render_blended(Pile(x), index, view, 7, RECIPE, 0.0, "cpu"), render(x, index, view, 7, RECIPE))
+        assert torch.equal(together[i], render_blended(Pile(x), index[i:i + 1], view[i:i + 1], 7, RECIPE, 1.0, "cpu")[0][0])
+    assert torch.equal(render_blended(Pile(x), index, view, 7, RECIPE, 0.0, "cpu")[0], render(x, index, view, 7, RECIPE))
 
 
 def test_blends_are_as_frequent_as_asked_and_of_any_partner():
@@ -128,10 +129,10 @@ def test_the_student_is_taught_with_the_pixels_the_teachers_answered(inside, mon
 
     def recorder(who):
         def recording(pictures, indices, views, *rest):
-            pixels = render_blended(pictures, indices, views, *rest)
+            pixels, blended = render_blended(pictures, indices, views, *rest)
             for i, v, p in zip(indices, views, pixels):
                 seen[who][int(i), int(v)] = p.numpy().tobytes()
-            return pixels
+            return pixels, blended
         return recording
 
     monkeypatch.setattr(build_ensemble, "render_blended", recorder("teachers"))
