@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+import build_ensemble
 import train_teacher
 from common import audit, data, duplicates, shortcuts
 from common.checkpoints import load
@@ -170,3 +171,15 @@ def test_the_ensemble_lists_the_labels_it_doubts_by_path(tiny):
     for name, found in record["suspicions"].items():
         for s in found:
             assert s["picture"].startswith("train/") and s["label"] != s["suggested"]  # val is held out of train here
+
+
+def test_a_pool_beside_the_data_folder_is_audited_too(tmp_path, monkeypatch, capfd):
+    parts = make_set(tmp_path / "parts", {"train": 8, "val": 3, "test": 4})
+    pool = make_set(tmp_path / "elsewhere", {"unlabelled": 5}, seed=1) / "unlabelled"
+    (pool / "copy.png").write_bytes((parts / "test" / "level" / "l000.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    device = ("--device", "cpu")
+    assert call(train_teacher.main, "--data-dir", "parts", "--view-size", 32, "--model", "test_resnet", "--epochs", 1, *device) == 0
+    capfd.readouterr()
+    assert call(build_ensemble.main, "--views", 1, "--unlabelled", pool, *device) == 0
+    assert "1 of 12 pictures of test are byte for byte in unlabelled: test/level/l000.png = unlabelled/copy.png" in capfd.readouterr().out

@@ -135,6 +135,17 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(refused, tmp_path):
+    shutil.copytree("runs/ensemble", tmp_path / "e")
+    words = (tmp_path / "e", "--epochs", 2, "--output", tmp_path / "s", *CPU)
+    assert call(distill.main, *words) == 0
+    assert call(distill.main, *words, "--resume") == 0
+    record = json.loads((tmp_path / "e" / "ensemble.json").read_text())
+    record["weights"] = record["weights"][::-1]
+    (tmp_path / "e" / "ensemble.json").write_text(json.dumps(record))
+    assert "the ensemble was built anew" in refused(distill.main, *words, "--resume")
+
+
 def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path):
     data = bytearray(open("runs/student/best.pt", "rb").read())
     data[len(data) // 2] ^= 1
