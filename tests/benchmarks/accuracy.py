@@ -5,8 +5,9 @@
     python tests/benchmarks/accuracy.py --table                                        # from the CSV alone
 
 Runs the five scripts as a user would, in runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and
-seed whose rows are in the CSV is skipped. The seed chooses the labelled pictures, initialisation, order and views. Of each class,
-`labelled` pictures train and half as many (at least 4) validate; with a pool, the other training pictures lose their labels.
+seed whose rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled pictures, initialisation,
+order and views. Of each class, `labelled` pictures train and half as many (at least 4) validate; with a pool, the other training
+pictures lose their labels.
 
     data/<folder>/{train,test}/<class>/*          the sets below; elpv comes from `pip install elpv-dataset`, embedded is drawn
     weights/<timm name>.safetensors               of the pretrained teachers
