@@ -17,14 +17,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy import TASKS, TEACHERS, append, call, lay_out, read, source_of, stages  # noqa: E402
+from accuracy import TASKS, TEACHERS, append, call, lay_out, link, read, source_of, stages  # noqa: E402
+from common.data import EMBEDDED, data_folder  # noqa: E402
 
+DRAWN = "drawn parts"  # in place of a folder: as many of the embedded set's pictures as the set has labelled ones
 # lever: (teachers, flags of build_ensemble.py, flags of distill.py, steps as a multiple)
 LEVERS = {
     "base": (TEACHERS, (), (), 1),
     "stand-alone": (TEACHERS, (), ("--alpha", 0), 1),
     "labelled pictures only": (TEACHERS, ("--unlabelled", "none"), (), 1),
     "labelled pictures only, not blended": (TEACHERS, ("--unlabelled", "none", "--mixup", 0), (), 1),
+    "labelled pictures and drawn parts": (TEACHERS, ("--unlabelled", DRAWN, "--mixup", 0.7), (), 1),
     "blended views": (TEACHERS, ("--mixup", 0.7), (), 1),
     "6 views": (TEACHERS, ("--views", 6), (), 1),
     "crops down to half the side": (TEACHERS, ("--view-recipe", "zoom_min=0.5"), (), 1),
@@ -59,6 +62,14 @@ def development_folder(task, args, home, seed):
     return folder
 
 
+def drawn_parts(home, data):
+    """A folder with as many drawn fasteners as there are labelled pictures: do parts of another world make good questions to the teachers?"""
+    labelled = sum(1 for file in (data / "train").rglob("*") if file.is_file())
+    for file in sorted((data_folder(EMBEDDED) / "unlabelled").iterdir())[:labelled]:
+        link(file, home / "drawn" / file.name)
+    return home / "drawn"
+
+
 def run(name, seed, levers, args):
     task = TASKS[name]
     home = Path(args.output) / name / f"seed_{seed}_{task.side}px"
@@ -73,6 +84,7 @@ def run(name, seed, levers, args):
         teachers, ensemble_flags, student_flags, factor = LEVERS[lever]
         key = "_".join(map(str, (len(teachers), teachers[0][:3], *ensemble_flags))).replace("/", "")
         ensemble, student = home / f"ensemble_{key}", home / f"student_{list(LEVERS).index(lever)}"
+        ensemble_flags = [drawn_parts(home, data) if flag == DRAWN else flag for flag in ensemble_flags]
         call("build_ensemble.py", *(home / teacher / "best.pt" for teacher in teachers), *ensemble_flags, "--output", ensemble, "--seed", seed)
         pictures = json.loads((ensemble / "ensemble.json").read_text())["pictures"]
         epochs = max(1, round(factor * task.steps / -(-pictures // 24)))
