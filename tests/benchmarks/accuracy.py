@@ -1,6 +1,6 @@
 """Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real sets, several seeds.
 
-    python tests/benchmarks/accuracy.py --data ../data --weights ../weights            # all sets, 3 seeds; days on a small machine
+    python tests/benchmarks/accuracy.py --data ../data --weights ../weights            # all sets, 3 seeds; 10 hours on two cores
     python tests/benchmarks/accuracy.py --data ../data --weights ../weights --sets neu_cls_10 --seeds 0
     python tests/benchmarks/accuracy.py --table                                        # from the CSV alone
 
