@@ -274,12 +274,14 @@ def print_table(rows):
 
 
 def print_models(rows):
-    """Balanced accuracy of each model on each set, over seeds, and its mean over the sets that have the model."""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    print(f"\n| balanced accuracy, % | {' | '.join(sets)} | mean |\n|---|{'---|' * (len(sets) + 1)}")
-    for model in dict.fromkeys(row["model"] for row in rows):
-        values = [balanced_accuracies([row for row in rows if (row["set"], row["model"]) == (name, model)]) for name in sets]
-        print(f"| {model} | {' | '.join(with_spread(v) if v else '' for v in values)} | {np.mean([np.mean(v) for v in values if v]):.1f} |")
+    """Balanced accuracy of each model on each set, over seeds, and its mean over the sets that have all models, so that means compare."""
+    sets, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("set", "model"))
+    values = {(model, name): balanced_accuracies([row for row in rows if (row["set"], row["model"]) == (name, model)]) for model in models for name in sets}
+    common = [name for name in sets if all(values[model, name] for model in models)]
+    print(f"\n| balanced accuracy, % | {' | '.join(sets)} | mean of {len(common)} |\n|---|{'---|' * (len(sets) + 1)}")
+    for model in models:
+        mean = f"{np.mean([np.mean(values[model, name]) for name in common]):.1f}" if common else ""
+        print(f"| {model} | {' | '.join(with_spread(values[model, name]) if values[model, name] else '' for name in sets)} | {mean} |")
 
 
 STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
