@@ -1,12 +1,13 @@
 """Stage 2: combine teachers and store what they say about every training view on disk.
 
-    python build_ensemble.py                                            # every teacher under runs/
-    python build_ensemble.py runs/a/best.pt runs/b/best.pt --views 8 --unlabelled my_parts/unlabelled
-    python build_ensemble.py --check 200                                # recompute 200 stored answers
+    python build_ensemble.py                                 # every teacher under runs/
+    python build_ensemble.py runs/a/best.pt runs/b/best.pt --views 8 --unlabelled my_parts/pool
+    python build_ensemble.py --check 200                     # recompute 200 stored answers
 
 Reads   teachers' best.pt, and the pictures they were trained on
 Writes  runs/ensemble/ensemble.json   teachers, classes, data, views, temperatures, mixture weights
-        runs/ensemble/view_VVV.npy    raw logits, float32 [teachers, pictures, classes]; view 0 is the plain picture
+        runs/ensemble/view_VVV.npy    raw logits, float32 [teachers, pictures, classes]; view 0 is
+                                      the plain picture
 Next    distill.py
 
 An interrupted build goes on where it stopped. Costs one forward pass per teacher, picture and view.
@@ -18,39 +19,48 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import audit, cli, data, models
-from common.checkpoints import exclusive, file_sha256, load, load_json, require_same, save_json, versions
-from common.ensemble import SCHEMA, load_ensemble, open_views, view_file, write_view
-from common.losses import fit_temperature, fit_weights, mixture
+from common import cli, folders, labels, models, splits
+from common.calibration import fit_temperature, fit_weights
+from common.checkpoints import peek
+from common.ensemble import SCHEMA, CachedLogits, load_ensemble, view_file, write_view
+from common.errors import UserError, require_same
+from common.files import exclusive, file_sha256, load_json, save_json, versions
+from common.losses import mixture
 from common.metrics import score
-from common.views import recipe_from_record, render_blended
+from common.views import ViewRecipe, render
 
 PICTURE_VIEWS = 10_000  # stored by default: about what 400 steps of 24 see once
-MIXUP = 0.7  # where no unlabelled pictures take part
 TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds otherwise
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
-    p.add_argument("checkpoint", nargs="*", help="teachers' best.pt (default: every teacher in runs/*/best.pt)")
-    p.add_argument("--views", type=cli.positive_int, help="augmented views to store, beside the plain one "
-                   f"(default: as many as make {PICTURE_VIEWS} picture-views, at least 4: a student learns few views by heart)")
-    p.add_argument("--unlabelled", metavar="DIR", help="pictures without labels that take part in distillation "
-                   "(default: unlabelled/ in the data folder where there is one; 'none' for none)")
-    p.add_argument("--weights", choices=["fitted", "equal"], default="fitted", help="of the teachers in the mixture")
-    p.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
-                   help="change the views from those the teachers were trained on, as in zoom_min=0.6 (see common/views.py)")
-    p.add_argument("--mixup", type=cli.fraction, help="share of the views that are blended with another picture's view, so that the teachers are asked "
-                   f"more than few pictures ask (default: {MIXUP}, or 0 where unlabelled pictures take part)")
+    p.add_argument("checkpoint", nargs="*",
+                   help="teachers' best.pt (default: every teacher in runs/*/best.pt)")
+    p.add_argument("--views", type=cli.positive_int,
+                   help="augmented views to store, beside the plain one (default: as many as make "
+                   f"{PICTURE_VIEWS} picture-views, at least 4)")
+    p.add_argument("--unlabelled", metavar="DIR",
+                   help="pictures without labels that take part in distillation (default: "
+                   "unlabelled/ in the data folder where there is one; 'none' for none)")
+    p.add_argument("--mixture", choices=["fitted", "equal"], default="fitted",
+                   help="weights of the teachers: fitted on validation pictures, or equal")
     p.add_argument("--check", type=cli.positive_int, metavar="N",
                    help="instead of building, recompute N stored picture-views and compare")
-    p.add_argument("--data-dir", help="the pictures' folder (default: where the teachers found them)")
-    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=64, help="pictures per forward pass")
     p.add_argument("--seed", type=cli.natural, default=0, help="of the views")
     p.add_argument("--output", default="runs/ensemble", help="folder to write")
-    p.add_argument("--overwrite", action="store_true", help="replace an ensemble of other teachers or settings")
-    cli.add_data_flags(p)
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace an ensemble of other teachers or settings")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=64,
+                   help="pictures per forward pass")
     cli.add_device_flag(p)
+
+    g = p.add_argument_group("pictures and views")
+    g.add_argument("--data-dir",
+                   help="the pictures' folder (default: where the teachers found them)")
+    g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
+                   help="change the views from those the teachers saw, as in zoom_min=0.6")
+    cli.add_reading_flags(p)
     return p.parse_args()
 
 
@@ -65,83 +75,125 @@ def main():
 
 
 def build(args, watch):
+    """Fit the mixture on validation, then store what the teachers say of every view."""
     paths = args.checkpoint or find_teachers()
-    with watch("pictures"):
-        teachers, records, train, val, data_record = open_teachers(paths, args)
-        labelled = train
-        train, pool = add_unlabelled(train, data_record, args)
-    mixup = args.mixup if args.mixup is not None else 0.0 if pool else MIXUP
-    with watch("audit"):
-        audit.look(labelled, val, data_record, args)
-    for path, record in zip(paths, records):
-        print(f"teacher {path}: {record['model']} at {record['img_size']} px")
-    recipe_record = recipe_from_record(records[0]["view_recipe"]).changed(args.view_recipe).record()
-    spec = {"schema": SCHEMA, "teachers": [{"path": str(path), "sha256": file_sha256(path), "model": record["model"],
-                                            "img_size": record["img_size"]} for path, record in zip(paths, records)],
-            "data": data_record, "unlabelled": pool, "pictures": len(train), "view_recipe": recipe_record,
-            "mixup": mixup, "seed": args.seed, "dtype": "float32"}
+    device = cli.pick_device(args.device)
+    teachers, records = load_teachers(paths, device)
+    train, val, data = open_pictures(records[0]["data"], args)
+    pool_dir = folders.pool_folder(data["dir"], args.unlabelled)
+    pool = splits.open_unlabelled(cli.decoded_cache(args), pool_dir, data) if pool_dir else None
+    pictures = train + pool if pool else train
+    watch.lap("pictures")
+
+    # What this ensemble is; a folder with views of another one is refused.
+    stored = cli.stored_recipe(ViewRecipe, records[0], paths[0])
+    recipe = cli.changed_recipe(stored, args.view_recipe)
     folder = Path(args.output)
+    spec = {
+        "schema": SCHEMA,
+        "teachers": describe_teachers(paths, records),
+        "data": data,
+        "unlabelled": describe_pool(pool_dir, pool),
+        "pictures": len(pictures),
+        "view_recipe": recipe.record(),
+        "seed": args.seed,
+        "dtype": "float32",
+    }
     begin(folder, spec, args.overwrite)
 
-    with watch("validation"):
-        val_logits = torch.stack([models.predict(teacher, val, args.device) for teacher in teachers])
-    combination = combine(val_logits, val.labels, args.weights, paths)
-    with watch("audit"):
-        suspicions = {"val": audit.doubts(val, [torch.softmax(z / t, 1).numpy() for z, t in zip(val_logits, combination["temperatures"])]),
-                      "train": audit.doubts(labelled, [audit.neighbour_votes(models.features(teacher, labelled, args.device), labelled.labels,
-                                                                             len(data_record["classes"])).numpy() for teacher in teachers])}
-    print_doubts(suspicions, data_record["classes"])
+    # Temperatures, mixture weights and doubtful labels.
+    val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
+    combination = combine(val_logits, val.labels, args.mixture, paths)
+    watch.lap("validation")
+    doubtful = doubt(teachers, train, val, val_logits, combination["temperatures"])
+    for line in labels.describe(doubtful, data["classes"]):
+        print(line)
+    watch.lap("doubtful labels")
 
-    views = 1 + (args.views or max(4, PICTURE_VIEWS // len(train)))
+    # The views that an earlier start has not stored.
+    views = 1 + (args.views or max(4, PICTURE_VIEWS // len(pictures)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
-    print(f"{len(train)} pictures, {views} views ({100 * mixup:.0f} % of them blended) of which {len(missing)} are to be computed")
-    with tqdm(total=len(missing) * len(train), desc="caching logits", disable=None, leave=False) as bar:
+    print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
+    batches = in_batches(np.arange(len(pictures)), args.batch_size)
+    with tqdm(total=len(missing) * len(pictures), desc="logits", disable=None, leave=False) as bar:
         for view in missing:
-            logits = np.empty((len(teachers), len(train), len(data_record["classes"])), np.float32)
-            for start in range(0, len(train), args.batch_size):
-                indices = np.arange(start, min(start + args.batch_size, len(train)))
-                with watch("views"):
-                    pixels, _ = render_blended(train, indices, np.full(len(indices), view), args.seed,
-                                               recipe_from_record(recipe_record), mixup, args.device)
-                with watch("teachers"):
-                    logits[:, indices] = teacher_logits(teachers, pixels, args.device)
+            shape = (len(teachers), len(pictures), len(data["classes"]))
+            logits = np.empty(shape, np.float32)
+            for indices in batches:
+                same_view = np.full(len(indices), view)
+                batch = pictures.batch(indices, device)
+                pixels = render(batch, indices, same_view, args.seed, recipe)
+                logits[:, indices] = teacher_logits(teachers, pixels)
                 bar.update(len(indices))
             write_view(folder, view, logits)
             tqdm.write(f"view {view} of {views - 1} stored")
-    shape = [len(teachers), len(train), len(data_record["classes"])]
-    save_json({**spec, **combination, "suspicions": suspicions, "shape": shape, "versions": versions(),
-               "sha256": [file_sha256(view_file(folder, view)) for view in range(views)]}, folder / "ensemble.json")
-    print(f"{folder}: {views} views of {shape[1]} pictures by {shape[0]} teachers")
+    watch.lap("teachers")
+
+    digests = [file_sha256(view_file(folder, view)) for view in range(views)]
+    rest = {"doubtful": doubtful, "versions": versions(), "sha256": digests}
+    save_json({**spec, **combination, **rest}, folder / "ensemble.json")
+    print(f"{folder}: {views} views of {len(pictures)} pictures by {len(teachers)} teachers")
+
+
+def in_batches(rows, batch_size):
+    """The rows of an array in pieces of at most batch_size."""
+    return np.split(rows, range(batch_size, len(rows), batch_size))
 
 
 def find_teachers():
-    paths = [path for path in sorted(Path("runs").glob("*/best.pt")) if load(path)["kind"] == "teacher"]
-    if not paths:
-        raise cli.UserError("no teacher in runs/*/best.pt; run train_teacher.py or name checkpoints")
-    return paths
+    """Every teacher in runs/*/best.pt."""
+    found = sorted(Path("runs").glob("*/best.pt"))
+    teachers = [path for path in found if peek(path)["kind"] == "teacher"]
+    if not teachers:
+        raise UserError("no teacher in runs/*/best.pt; run train_teacher.py or name checkpoints")
+    return teachers
 
 
-def open_teachers(paths, args):
-    """Load teachers and the pictures they were trained on; refuse teachers of other classes or data."""
-    args.device = cli.pick_device(args.device)
-    teachers, records = zip(*(models.load_model(path, args.device) for path in paths))
-    for path, record in zip(paths, records):
+def load_teachers(paths, device):
+    """(networks, their records); refuses students, and teachers of other classes or pictures."""
+    teachers, records = [], []
+    for path in paths:
+        teacher, record = models.load_model(path, device)
         if record["kind"] != "teacher":
-            raise cli.UserError(f"{path}: a {record['kind']}, not a teacher; name checkpoints of train_teacher.py")
-        require_same({**records[0]["data"], "dir": None}, {**record["data"], "dir": None},
-                     f"{path} against {paths[0]}", "an ensemble needs teachers trained on the same pictures and split")
-    where = {**records[0]["data"], **({"dir": args.data_dir} if args.data_dir else {})}
-    train, val, data_record = data.open_training_data(where, args)
-    return teachers, records, train, val, data_record
+            raise UserError(
+                f"{path}: a {record['kind']}, not a teacher; name checkpoints of train_teacher.py"
+            )
+        teachers.append(teacher)
+        records.append(record)
+        require_same(
+            {**records[0]["data"], "dir": None},
+            {**record["data"], "dir": None},
+            f"{path} against {paths[0]}",
+            "an ensemble needs teachers trained on the same pictures and split",
+        )
+        print(f"teacher {path}: {record['model']} at {record['img_size']} px")
+    return teachers, records
 
 
-def add_unlabelled(train, data_record, args):
-    """(train with the pool behind it, the pool's record or None)."""
-    folder = Path(args.unlabelled or Path(data_record["dir"]) / "unlabelled")
-    if args.unlabelled == "none" or (args.unlabelled is None and not folder.is_dir()):
-        return train, None
-    pack = data.open_pack(folder, data_record["view_size"], args, labelled=False)
-    return data.with_pool(train, pack), {"dir": folder.as_posix(), "fingerprint": pack.fingerprint}
+def open_pictures(data, args):
+    """(train, val, data record) as the teachers saw them, wherever the folder lies now."""
+    moved = {"dir": args.data_dir} if args.data_dir else {}
+    return splits.open_training(cli.decoded_cache(args), {**data, **moved})
+
+
+def describe_teachers(paths, records):
+    """Which checkpoints, as plain data."""
+    return [
+        {
+            "path": Path(path).as_posix(),
+            "weights_sha256": record["weights_sha256"],
+            "model": record["model"],
+            "img_size": record["img_size"],
+        }
+        for path, record in zip(paths, records)
+    ]
+
+
+def describe_pool(folder, pool):
+    """Which unlabelled pictures, as plain data; None for none."""
+    if pool is None:
+        return None
+    return {"dir": folder.as_posix(), "fingerprint": pool.fingerprint()}
 
 
 def begin(folder, spec, overwrite):
@@ -149,72 +201,112 @@ def begin(folder, spec, overwrite):
     path = folder / "ensemble.json"
     if path.is_file():
         old = load_json(path)
-        if overwrite and any(old.get(name) != value for name, value in spec.items()):
+        old = {name: old.get(name) for name in spec}
+        if old != spec and not overwrite:
+            remedy = "use --overwrite or another --output"
+            require_same(spec, old, f"{folder} holds another ensemble", remedy)
+        if old != spec:
             for file in folder.glob("view_*.npy"):
                 file.unlink()
-        else:
-            require_same(spec, {name: old.get(name) for name in spec}, f"{folder} holds another ensemble",
-                         "use --overwrite or another --output")
     elif any(folder.glob("view_*.npy")):
-        raise cli.UserError(f"{folder}: has views but no ensemble.json; remove the folder or use another --output")
+        raise UserError(
+            f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
+        )
     save_json(spec, path)
 
 
-def combine(val_logits, labels, weighting, paths):
+def combine(val_logits, val_labels, mixing, paths):
     """Fit temperatures and mixture weights on validation, and print what they give.
 
-    val_logits: float32 [teachers, N, classes]; labels: int64 [N]. Returns plain data for ensemble.json.
+    val_logits: float32 [teachers, N, classes]; val_labels: int64 [N]. Returns plain data for
+    ensemble.json.
     """
-    temperatures = [fit_temperature(logits, labels) for logits in val_logits]
-    calibrated = torch.stack([torch.softmax(z / t, dim=1) for z, t in zip(val_logits, temperatures)])
-    weights = fit_weights(calibrated, labels) if weighting == "fitted" else [1 / len(paths)] * len(paths)
-    print(f"on {len(labels)} validation pictures:{'':16} weight  temperature  accuracy  balanced    NLL")
-    rows = [(str(path), w, t, score(p, labels)) for path, w, t, p in zip(paths, weights, temperatures, calibrated)]
-    rows.append(("the mixture", 1.0, 1.0, score(mixture(val_logits, temperatures, weights), labels)))
-    for name, weight, temperature, metrics in rows:
-        print(f"  {name:40} {weight:7.3f}  {temperature:11.2f}  {metrics['accuracy']:8.3f}  "
-              f"{metrics['balanced_accuracy']:8.3f}  {metrics['nll']:5.3f}")
-    keys = ("accuracy", "balanced_accuracy", "nll", "n")
-    return {"temperatures": temperatures, "weights": weights, "weighting": weighting,
-            "validation": {name: {key: metrics[key] for key in keys} for name, _, _, metrics in rows}}
+    temperatures = [fit_temperature(logits, val_labels) for logits in val_logits]
+    calibrated = [torch.softmax(z / t, dim=1) for z, t in zip(val_logits, temperatures)]
+    weights = [1 / len(paths)] * len(paths)
+    if mixing == "fitted":
+        weights = fit_weights(torch.stack(calibrated), val_labels)
+
+    rows = list(zip(map(str, paths), weights, temperatures, calibrated))
+    rows.append(("the mixture", 1.0, 1.0, mixture(val_logits, temperatures, weights)))
+    head = f"on {len(val_labels)} validation pictures:"
+    print(f"{head:43}weight  temperature  accuracy  balanced    NLL")
+    found = {}
+    for name, weight, temperature, probabilities in rows:
+        metrics = score(probabilities, val_labels)
+        found[name] = {key: metrics[key] for key in ("accuracy", "balanced_accuracy", "nll", "n")}
+        print(
+            f"  {name:40} {weight:7.3f}  {temperature:11.2f}  {metrics['accuracy']:8.3f}  "
+            f"{metrics['balanced_accuracy']:8.3f}  {metrics['nll']:5.3f}"
+        )
+    return {
+        "temperatures": temperatures,
+        "weights": weights,
+        "mixture": mixing,
+        "validation": found,
+    }
 
 
-def print_doubts(suspicions, classes):
-    for name, found in suspicions.items():
-        if found:
-            some = [f"{s['picture']} (all say {classes[s['suggested']]}, {100 * s['probability']:.0f} %)" for s in found[:audit.SHOWN]]
-            print(f"audit: {len(found)} labels of {name} to look at again: {', '.join(some)}" + (", ..." if len(found) > audit.SHOWN else ""))
+def doubt(teachers, train, val, val_logits, temperatures):
+    """{"val", "train"}: labels that all teachers reject, as plain data (see common/labels.py)."""
+    answers = [torch.softmax(z / t, 1).numpy() for z, t in zip(val_logits, temperatures)]
+    classes, device = val_logits.shape[2], next(teachers[0].parameters()).device
+    votes = []
+    for teacher in teachers:
+        features = models.features(teacher, train, device)
+        votes.append(labels.neighbour_votes(features, train.labels, classes).numpy())
+    return {
+        "val": labels.doubtful_pictures(val, answers),
+        "train": labels.doubtful_pictures(train, votes),
+    }
 
 
 @torch.inference_mode()
-def teacher_logits(teachers, pixels, device):
-    """float32 array [teachers, B, classes] for pixels float32 [B, 3, S, S]: one rendering, all teachers."""
-    with models.autocast(device):
-        return torch.stack([teacher(pixels).float() for teacher in teachers]).cpu().numpy()
+def teacher_logits(teachers, pixels):
+    """float32 array [teachers, B, classes] for pixels [B, 3, S, S]: one rendering, all teachers."""
+    with models.autocast(pixels.device):
+        logits = [teacher(pixels).float() for teacher in teachers]
+    return torch.stack(logits).cpu().numpy()
 
 
 def check(args, watch):
-    """Recompute N stored picture-views, drawn at random, and fail where they differ."""
+    """Recompute N stored picture-views, drawn at random; refuse the ensemble where they differ."""
     record = load_ensemble(args.output)
-    views = open_views(args.output, record)
-    args.unlabelled = record["unlabelled"]["dir"] if record["unlabelled"] else "none"
-    with watch("pictures"):
-        teachers, _, train, _, _ = open_teachers([teacher["path"] for teacher in record["teachers"]], args)
-        train, pool = add_unlabelled(train, record["data"], args)
-    require_same({"unlabelled": record["unlabelled"]}, {"unlabelled": pool}, args.output, "the unlabelled pictures changed; build again")
+    cached = CachedLogits(args.output, record)
+    device = cli.pick_device(args.device)
+    teachers, _ = load_teachers([teacher["path"] for teacher in record["teachers"]], device)
+    pictures, _, data = open_pictures(record["data"], args)
+    if record["unlabelled"]:
+        pool_dir = args.unlabelled or record["unlabelled"]["dir"]
+        pool = splits.open_unlabelled(cli.decoded_cache(args), pool_dir, data)
+        require_same(
+            {"fingerprint": record["unlabelled"]["fingerprint"]},
+            {"fingerprint": pool.fingerprint()},
+            f"{pool_dir} against {args.output}",
+            "the unlabelled pictures changed; build again",
+        )
+        pictures = pictures + pool
+    watch.lap("pictures")
+
+    recipe = cli.stored_recipe(ViewRecipe, record, args.output)
     rng = np.random.default_rng(args.seed)
-    picks = rng.integers(0, [len(views), len(train)], (args.check, 2))
+    picks = rng.integers(0, [1 + cached.views, len(pictures)], (args.check, 2))
     worst = 0.0
-    with watch("teachers"):
-        for start in range(0, len(picks), args.batch_size):
-            view_numbers, indices = picks[start:start + args.batch_size].T
-            pixels, _ = render_blended(train, indices, view_numbers, record["seed"],
-                                       recipe_from_record(record["view_recipe"]), record["mixup"], args.device)
-            stored = np.stack([views[v][:, i] for v, i in zip(view_numbers, indices)], axis=1)
-            worst = max(worst, float(np.abs(stored - teacher_logits(teachers, pixels, args.device)).max()))
+    for part in in_batches(picks, args.batch_size):
+        views, indices = part.T
+        pixels = render(pictures.batch(indices, device), indices, views, record["seed"], recipe)
+        gap = np.abs(cached.of(views, indices) - teacher_logits(teachers, pixels)).max()
+        worst = max(worst, float(gap))
+    watch.lap("teachers")
     if not worst <= TOLERANCE:
-        raise RuntimeError(f"{args.output}: stored logits differ from the teachers' by {worst:.2g} (tolerance {TOLERANCE:g}); build again")
-    print(f"{args.output}: {args.check} stored picture-views recomputed, largest difference of a logit {worst:.1e}")
+        raise UserError(
+            f"{args.output}: stored logits differ from the teachers' by {worst:.2g} "
+            f"(tolerance {TOLERANCE:g}); build again with --overwrite"
+        )
+    print(
+        f"{args.output}: {args.check} stored picture-views recomputed, "
+        f"largest difference of a logit {worst:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,131 +1,68 @@
-"""Files that pass between stages: written whole or not at all, plain data only, checked when read."""
+"""Checkpoints: a dict of plain data and tensors in torch's format, checked when read.
+
+Only plain data is stored and `weights_only=True` reads it, so a checkpoint cannot run code.
+"""
 
 import hashlib
-import json
-import os
-import platform
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
-import torchvision
 
-from common.cli import UserError
+from common.errors import UserError, first_line
+from common.files import atomic_path, versions
 
-SCHEMA = 1
-
-
-@contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and move it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def exclusive(folder):
-    """Keep `folder` to this process; UserError where another one is at work in it.
-
-    The lock is the system's, so a killed process holds none. Folders made here that nothing was written to are removed again.
-    """
-    folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{folder}: in use by another process; wait for it or use another --output")
-    try:
-        yield
-    finally:
-        file.close()
-        (folder / ".lock").unlink(missing_ok=True)
-        for path in made:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+SCHEMA = 2
 
 
 def save(state, path):
-    """Write a dict of plain data and tensors (torch format), adding schema and versions."""
+    """Write plain data and a `state_dict`; adds schema, versions and a hash of the weights."""
+    stored = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "weights_sha256": weights_sha256(state["state_dict"]),
+        **state,
+    }
     with atomic_path(path) as temporary:
-        torch.save({"schema": SCHEMA, "versions": versions(), **state}, temporary)
+        torch.save(stored, temporary)
 
 
 def load(path):
-    """Read what `save` wrote, tensors on the CPU. Raises UserError when it is not such a file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign and truncated files
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); make it again")
-    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
-        raise UserError(f"{path}: not a checkpoint of this project (schema {SCHEMA}); use one that its scripts wrote")
+    """Read what `save` wrote, tensors on the CPU.
+
+    Raises UserError when it is not such a file or when its weights are not the ones written.
+    """
+    state = _read(path)
     if state.get("weights_sha256") != weights_sha256(state["state_dict"]):
         raise UserError(f"{path}: the weights are damaged (their sha256 differs); make it again")
     return state
 
 
-def save_json(value, path):
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def peek(path):
+    """What a checkpoint says beside its weights, without reading these; errors as for `load`."""
+    state = _read(path, mmap=True)
+    return {key: value for key, value in state.items() if key != "state_dict"}
 
 
-def load_json(path):
-    """Read a JSON file. Raises UserError when it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read(path, mmap=False):
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); make it again")
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises many kinds for foreign and truncated files
+        raise UserError(
+            f"{path}: not a readable checkpoint ({first_line(error)}); make it again"
+        ) from None
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: not a checkpoint of this project (schema {SCHEMA}); make it with its scripts"
+        )
+    return state
 
 
 def weights_sha256(state_dict):
-    """sha256 over names, shapes and bytes of a state dict: catches what a zip reader lets through."""
+    """sha256 over names, shapes and bytes of a state dict: a flipped bit loads without a word."""
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__,
-            "torchvision": str(torchvision.__version__), "numpy": np.__version__}
-
-
-def require_same(expected, found, what, remedy):
-    """Raise a UserError that names the first key whose value differs between two dicts."""
-    for key in {**expected, **found}:
-        a, b = expected.get(key), found.get(key)
-        if a != b:
-            raise UserError(f"{what}: {key} differs (expected {shorten(a)}, found {shorten(b)}); {remedy}")
-
-
-def shorten(value):
-    text = str(value)
-    return text if len(text) <= 70 else text[:60] + "..."

@@ -1,16 +1,24 @@
-"""What every script does the same way at the command line: errors, value checks, device, timing."""
+"""What every script does the same way at the command line: errors, flags, device, timing.
+
+The only file of common/ that looks at an argparse namespace; the others take plain values.
+"""
 
 import argparse
 import re
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 
+from common.errors import UserError, first_line
+from common.images import WHITE_LEVEL, DecodedCache
 
-class UserError(Exception):
-    """Wrong usage or input. The message is one line: what, where, how to mend it."""
+# Flags that do not decide what a training computes, so that a resumed run may change them.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "device", "workers", "cache_dir", "skip_bad", "output", "data_dir",
+    "unlabelled", "model", "weights", "good_class", "max_miss_rate", "max_false_alarm_rate",
+    "max_int8_drop", "calibration_pictures",
+}
 
 
 def run(main):
@@ -29,7 +37,12 @@ def run(main):
         sys.exit(130)
 
 
-def _number(convert, accepts, wanted):
+# ------------------------------------------------------------------------------- values of flags
+
+
+def number(convert, accepts, wanted):
+    """An argparse type: a number that `accepts` lets through, described as `wanted`."""
+
     def parse(text):
         try:
             value = convert(text)
@@ -38,16 +51,17 @@ def _number(convert, accepts, wanted):
         if value is None or not accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
+
     return parse
 
 
 # Comparisons with nan are false, so nan never passes.
-positive_int = _number(int, lambda v: v >= 1, "a whole number of at least 1")
-natural = _number(int, lambda v: v >= 0, "a whole number of at least 0")
-positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
-non_negative_float = _number(float, lambda v: 0 <= v < float("inf"), "a number of at least 0")
-fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-open_fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1, ends excluded")
+positive_int = number(int, lambda v: v >= 1, "a whole number of at least 1")
+natural = number(int, lambda v: v >= 0, "a whole number of at least 0")
+positive_float = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
+non_negative_float = number(float, lambda v: 0 <= v < float("inf"), "a number of at least 0")
+fraction = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+open_fraction = number(float, lambda v: 0 < v < 1, "a number between 0 and 1, ends excluded")
 
 
 def regex(text):
@@ -55,75 +69,136 @@ def regex(text):
     try:
         groups = re.compile(text).groups
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
     if not groups:
         raise argparse.ArgumentTypeError(f"{text!r} has no (group) to name the part by")
     return text
 
 
+def changed_recipe(recipe, words):
+    """A ViewRecipe with the words of --view-recipe. Raises UserError for wrong ones."""
+    try:
+        return recipe.changed(words)
+    except ValueError as error:
+        raise UserError(f"--view-recipe: {error}") from None
+
+
+def stored_recipe(recipe_class, record, path):
+    """The ViewRecipe in an artefact at `path`. Raises UserError for one of another version."""
+    try:
+        return recipe_class.from_record(record["view_recipe"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# ------------------------------------------------------------------------------- groups of flags
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the script's docstring as it is, and each flag's default."""
+
+    def _get_help_string(self, action):  # where it is None, the help line says what happens
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parser(docstring):
     """An ArgumentParser that shows the script's docstring and each flag's default."""
-
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # where the default is None, the help line itself says what happens
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
-
     return argparse.ArgumentParser(description=docstring, formatter_class=Formatter)
 
 
-def add_device_flag(p):
-    p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu) or a torch device")
+def add_device_flag(g):
+    """--device, to an argument group or parser."""
+    g.add_argument("--device", default="auto",
+                   help="auto (cuda, then mps, then cpu) or a torch device")
 
 
-def add_data_flags(p):
-    p.add_argument("-j", "--workers", type=positive_int, default=2, help="threads that decode pictures")
-    p.add_argument("--skip-bad", action="store_true", help="leave unreadable pictures out, and say so")
-    p.add_argument("--cache-dir", default="runs/packs", help="folder for decoded pictures")
+def add_reading_flags(p):
+    """How pictures are read, as a group of its own."""
+    g = p.add_argument_group("reading pictures")
+    g.add_argument("-j", "--workers", type=positive_int, default=2,
+                   help="threads that decode pictures")
+    g.add_argument("--skip-bad", action="store_true",
+                   help="leave unreadable pictures out, and say so")
+    g.add_argument("--cache-dir", default="runs/decoded", help="folder for decoded pictures")
+    return g
 
 
-def add_leak_flags(p):
-    leaks = p.add_mutually_exclusive_group()
-    leaks.add_argument("--drop-leaks", action="store_true", help="leave training pictures out that a test* folder holds too")
-    leaks.add_argument("--allow-leakage", action="store_true", help="train although test pictures are among the training pictures")
+def decoded_cache(args):
+    """The cache that `add_reading_flags` describes."""
+    return DecodedCache(args.cache_dir, args.workers, args.skip_bad)
+
+
+def add_white_level_flag(g):
+    """--white-level, to an argument group."""
+    g.add_argument("--white-level", type=positive_int, default=WHITE_LEVEL,
+                   help="value of a 16-bit grey picture that is white; 4095 for a 12-bit camera")
 
 
 def add_training_flags(p):
-    p.add_argument("--weight-decay", type=non_negative_float, default=0.05, help="AdamW's weight decay")
-    p.add_argument("--warmup", type=fraction, default=0.1, help="share of all steps with rising learning rate")
-    p.add_argument("--ema-decay", type=fraction, default=0.998, help="decay per step of the averaged weights; 0 is off")
-    p.add_argument("--clip-grad", type=non_negative_float, default=1.0, help="largest gradient norm; 0 is off")
-    p.add_argument("--balance-classes", action="store_true", help="weight labelled pictures by the inverse of their class's frequency")
-    p.add_argument("--resume", action="store_true", help="go on from last.pt of an interrupted run")
-    p.add_argument("--overwrite", action="store_true", help="replace a run that is already in the output folder")
+    """Optimisation, as a group of its own."""
+    g = p.add_argument_group("optimisation")
+    g.add_argument("-b", "--batch-size", type=positive_int, default=24, help="pictures per step")
+    g.add_argument("--lr", type=positive_float, default=1e-3,
+                   help="peak learning rate of new layers")
+    g.add_argument("--weight-decay", type=non_negative_float, default=0.05,
+                   help="AdamW's weight decay")
+    g.add_argument("--warmup", type=fraction, default=0.1,
+                   help="share of all steps with rising learning rate")
+    g.add_argument("--ema-decay", type=fraction, default=0.998,
+                   help="decay per step of the averaged weights; 0 is off")
+    g.add_argument("--clip-grad", type=non_negative_float, default=1.0,
+                   help="largest gradient norm; 0 is off")
+    g.add_argument("--balance-classes", action="store_true",
+                   help="weight labelled pictures by the inverse of their class's frequency")
+    return g
+
+
+def add_run_flags(p):
+    """Where a training run is written and how it begins, to a parser."""
+    p.add_argument("--resume", action="store_true",
+                   help="go on from last.pt of an interrupted run")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace a run that is already in the output folder")
+
+
+def plain(args):
+    """The flags as plain data, for artefacts."""
+    kept = (int, float, bool, str, list, type(None))
+    return {k: v if isinstance(v, kept) else str(v) for k, v in vars(args).items()}
+
+
+# -------------------------------------------------------------------------------- device and time
 
 
 def pick_device(name):
     """`--device` as a torch.device; 'auto' takes cuda, then mps, then cpu. Prints which."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu")
-    print(f"device: {device}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+        raise UserError(
+            f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
+        ) from None
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"device: {device}{threads}")
     return device
 
 
 class Stopwatch:
-    """Adds up seconds per named part of a script: `with watch("training"): ...`; print(watch)."""
+    """Seconds per part of a script: `watch.lap("pictures")` after each part; print(watch)."""
 
     def __init__(self):
-        self.begin, self.parts = time.perf_counter(), {}
+        self.begin = self.last = time.perf_counter()
+        self.parts = {}
 
-    @contextmanager
-    def __call__(self, part):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+    def lap(self, part):
+        """Count the time since the last lap to this part."""
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
 
     def __str__(self):
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())

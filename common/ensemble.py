@@ -1,4 +1,4 @@
-"""The ensemble on disk: ensemble.json says what it is, view_VVV.npy holds raw teacher logits per view.
+"""The ensemble on disk: ensemble.json says what it is, view_VVV.npy holds a view's raw logits.
 
 Raw logits per teacher, so that temperatures, weights and the choice of teachers can change without
 running a teacher again. One file per view: an interrupted build keeps what it finished, and memory
@@ -10,52 +10,74 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoints import atomic_path, file_sha256, load_json
-from common.cli import UserError
+from common.errors import UserError
+from common.files import atomic_path, file_sha256, load_json
 from common.losses import mixture
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def view_file(folder, view):
+    """Where the logits of a view lie."""
     return Path(folder) / f"view_{view:03d}.npy"
 
 
 def write_view(folder, view, logits):
-    """logits: float32 array [teachers, pictures, classes] of one view, written whole or not at all."""
-    with atomic_path(view_file(folder, view)) as temporary:
-        with open(temporary, "wb") as file:
-            np.save(file, logits)
+    """Write one view's logits, float32 [teachers, pictures, classes], whole or not at all."""
+    with atomic_path(view_file(folder, view)) as temporary, open(temporary, "wb") as file:
+        np.save(file, logits)
 
 
 def load_ensemble(folder):
-    """ensemble.json of a finished build. Raises UserError when it is missing, foreign or unfinished."""
+    """ensemble.json of a finished build. Raises UserError where it is missing or foreign."""
     path = Path(folder) / "ensemble.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no ensemble here (no ensemble.json); make it with build_ensemble.py")
+        raise UserError(
+            f"{folder}: no ensemble here (no ensemble.json); make it with build_ensemble.py"
+        )
     record = load_json(path)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise UserError(f"{path}: not an ensemble of this project (schema {SCHEMA}); make it with build_ensemble.py")
+        raise UserError(
+            f"{path}: not an ensemble of this project (schema {SCHEMA}); "
+            "make it with build_ensemble.py"
+        )
     if "sha256" not in record:
-        raise UserError(f"{folder}: the build was interrupted; run build_ensemble.py again, it goes on where it stopped")
+        raise UserError(
+            f"{folder}: the build was interrupted; "
+            "run build_ensemble.py again, it goes on where it stopped"
+        )
     return record
 
 
-def open_views(folder, record):
-    """Memory maps float32 [teachers, pictures, classes], one per view, the plain view first.
+class CachedLogits:
+    """What the teachers said of every picture in every stored view, and the soft targets of it."""
 
-    Raises UserError when a file is missing or its bytes are not the ones that were written.
-    """
-    views = []
-    for view, digest in enumerate(record["sha256"]):
-        file = view_file(folder, view)
-        if not file.is_file() or file_sha256(file) != digest:
-            raise UserError(f"{file}: missing or damaged; delete it and run build_ensemble.py again")
-        views.append(np.load(file, mmap_mode="r"))
-    return views
+    def __init__(self, folder, record):
+        """record: of `load_ensemble`.
 
+        Raises UserError when a view's file is missing or its bytes are not the ones written.
+        """
+        self.temperatures, self.weights = record["temperatures"], record["weights"]
+        self.logits = []
+        for view, digest in enumerate(record["sha256"]):
+            file = view_file(folder, view)
+            if not file.is_file() or file_sha256(file) != digest:
+                raise UserError(
+                    f"{file}: missing or damaged; delete it and run build_ensemble.py again"
+                )
+            self.logits.append(np.load(file, mmap_mode="r"))
 
-def soft_targets(views, record, view_numbers, indices, tau):
-    """q_tau of a batch: float32 tensor [B, classes] for picture indices[b] in view view_numbers[b]."""
-    logits = np.stack([views[v][:, i] for v, i in zip(view_numbers, indices)], axis=1)
-    return mixture(torch.from_numpy(logits), record["temperatures"], record["weights"], tau)
+    @property
+    def views(self):
+        """How many augmented views there are; view 0, the plain picture, is not counted."""
+        return len(self.logits) - 1
+
+    def of(self, views, indices):
+        """Raw logits float32 [teachers, B, classes] of picture indices[b] in view views[b]."""
+        columns = [self.logits[view][:, i] for view, i in zip(views, indices)]
+        return np.stack(columns, axis=1)
+
+    def targets(self, views, indices, T):
+        """Soft targets at temperature T, float32 tensor [B, classes], rows summing to 1."""
+        logits = torch.from_numpy(self.of(views, indices))
+        return mixture(logits, self.temperatures, self.weights, T)

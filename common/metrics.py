@@ -1,4 +1,4 @@
-"""Numbers about predictions: what they are in the literature, with intervals."""
+"""Numbers about predictions: what they are in the literature, with intervals. Needs numpy alone."""
 
 import numpy as np
 
@@ -8,12 +8,16 @@ RESAMPLES = 10_000
 
 def confusion_matrix(labels, predicted, classes):
     """int64 [classes, classes]; rows are true, columns predicted classes."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
+    return pairs.reshape(classes, classes)
 
 
 def ece(probabilities, labels):
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017): 15 equal bins of the top
-    probability, mean of |accuracy - confidence| weighted by the bins' shares. In [0, 1]."""
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017), in [0, 1].
+
+    15 equal bins of the top probability, mean of |accuracy - confidence| weighted by the bins'
+    shares. probabilities: float [N, K]; labels: int [N].
+    """
     confidence = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -32,15 +36,22 @@ def score(probabilities, labels):
     right, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     recall = right / np.maximum(true, 1)
     f1 = 2 * right / np.maximum(true + predicted, 1)
-    accuracy = right.sum() / matrix.sum()
-    nll = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean()
-    return {"accuracy": float(accuracy), "accuracy_interval": list(accuracy_interval(right.sum(), len(labels))),
-            "balanced_accuracy": float(recall[true > 0].mean()), "macro_f1": float(f1[true + predicted > 0].mean()),
-            "nll": float(nll), "ece": ece(probabilities, labels), "n": len(labels),
-            "recall": recall.tolist(), "confusion_matrix": matrix.tolist()}
+    own = probabilities[np.arange(len(labels)), labels]
+    return {
+        "accuracy": float(right.sum() / matrix.sum()),
+        "accuracy_interval": list(accuracy_interval(right.sum(), len(labels))),
+        "balanced_accuracy": float(recall[true > 0].mean()),
+        "macro_f1": float(f1[true + predicted > 0].mean()),
+        "nll": float(-np.log(np.maximum(own, 1e-12)).mean()),
+        "ece": ece(probabilities, labels),
+        "n": len(labels),
+        "recall": recall.tolist(),
+        "confusion_matrix": matrix.tolist(),
+    }
 
 
-def _interval(samples):
+def interval(samples):
+    """The middle 95 % of bootstrap samples: (low, high)."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(low), float(high)
 
@@ -51,7 +62,8 @@ def accuracy_interval(right, n, seed=0):
     Resampling n pictures with replacement makes the number of right ones binomial, so it is drawn
     from that directly: the same bootstrap, at a cost that does not grow with n.
     """
-    return _interval(np.random.default_rng(seed).binomial(n, right / n, RESAMPLES) / n)
+    counts = np.random.default_rng(seed).binomial(n, right / n, RESAMPLES)
+    return interval(counts / n)
 
 
 def resampled_differences(right_a, right_b, seed=0):
@@ -70,6 +82,7 @@ def difference(rights_a, rights_b):
 
     rights_a, rights_b: one bool [N_set] per test set; pictures are resampled within each set.
     """
-    samples = np.mean([resampled_differences(a, b, seed) for seed, (a, b) in enumerate(zip(rights_a, rights_b))], axis=0)
-    value = np.mean([a.mean() - b.mean() for a, b in zip(rights_a, rights_b)])
-    return {"difference": float(value), "interval": list(_interval(samples))}
+    pairs = list(zip(rights_a, rights_b))
+    samples = [resampled_differences(a, b, seed) for seed, (a, b) in enumerate(pairs)]
+    value = np.mean([a.mean() - b.mean() for a, b in pairs])
+    return {"difference": float(value), "interval": list(interval(np.mean(samples, axis=0)))}

@@ -11,9 +11,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from common.checkpoints import load
-from common.cli import UserError
-
-STUDENT = "resnet18"
+from common.errors import UserError, first_line
 
 
 class Classifier(nn.Module):
@@ -41,54 +39,64 @@ class Classifier(nn.Module):
 
 def check_name(name):
     """Raise UserError, with near names, when timm knows no such architecture."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise UserError(f"--model {name}: timm has no such model" + (f"; near: {', '.join(near)}" if near else ""))
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise UserError(f"--model {name}: timm has no such model{hint}")
 
 
 def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
-    classes: their number; img_size: pixels, raised to a whole number of patches where the model cuts pictures into
-    patches (timm would leave out the rest at the right and the bottom); weights: path of a file in timm's key names.
-    Raises UserError when the weights cannot be had or do not fit, or the model does not take img_size.
+    classes: their number; img_size: px, raised to whole patches where the model cuts pictures into
+    patches; weights: path of a file in timm's key names. Raises UserError when the weights cannot
+    be had or do not fit, or the model does not take img_size.
     """
     check_name(name)
-    source = dict(pretrained=pretrained or weights is not None)
+    source = {"pretrained": pretrained or weights is not None}
     if weights is not None:
-        source["pretrained_cfg_overlay"] = dict(file=str(weights))
+        source["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
-        try:
-            backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
-        except TypeError:  # most CNNs take any size and have no such argument
-            backbone = timm.create_model(name, num_classes=classes, **source)
-        patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))[0]
-        if img_size % patch:
-            return create_teacher(name, classes, -(-img_size // patch) * patch, pretrained, weights)
-        if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):
-            wake_residual_branches(backbone)
+        backbone, img_size = build_backbone(name, classes, img_size, source)
         config = backbone.pretrained_cfg
         model = Classifier(backbone, img_size, config["mean"], config["std"])
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, img_size, img_size))
-    except UserError:  # of the call above
-        raise
     except Exception as error:  # timm and the hub raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error, 160)
         if weights is not None:
-            raise UserError(f"--weights {weights} does not load into {name} at {img_size} px: {reason}")
-        if pretrained:
-            raise UserError(f"--pretrained: no weights for {name} ({reason}); without a network, "
-                            "download them elsewhere and give --weights FILE")
-        raise UserError(f"--model {name} at {img_size} px: {reason}; try another --img-size")
+            message = f"--weights {weights} does not load into {name} at {img_size} px: {reason}"
+        elif pretrained:
+            message = (
+                f"--pretrained: no weights for {name} ({reason}); without a network, "
+                "download them elsewhere and give --weights FILE"
+            )
+        else:
+            message = f"--model {name} at {img_size} px: {reason}; try another --img-size"
+        raise UserError(message) from None
     return model
+
+
+def build_backbone(name, classes, img_size, source):
+    """(timm model, the side in px it takes): whole patches, since timm leaves out what remains."""
+    try:
+        backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
+    except TypeError:  # most CNNs take any size and have no such argument
+        backbone = timm.create_model(name, num_classes=classes, **source)
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))[0]
+    if img_size % patch:
+        return build_backbone(name, classes, -(-img_size // patch) * patch, source)
+    if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):
+        wake_residual_branches(backbone)
+    return backbone, img_size
 
 
 def wake_residual_branches(backbone):
     """Let every residual branch take part from the first step.
 
     timm starts the last norm of each branch at weight zero (Goyal et al. 2017), which steadies long
-    schedules; a run from scratch of a few hundred steps is half over before the branches have grown.
+    schedules; a run from scratch of a few hundred steps is half over before they have grown.
     """
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
@@ -96,28 +104,49 @@ def wake_residual_branches(backbone):
 
 
 def create_student(classes, img_size, pretrained=False, weights=None):
-    """torchvision's ResNet18 as a `Classifier`; weights: a state dict file, its head is left out."""
+    """torchvision's ResNet18 as a `Classifier`, from scratch or from weights without their head.
+
+    classes: their number; img_size: px; weights: path of a state dict in torchvision's key names,
+    .safetensors or torch's format. Raises UserError when weights cannot be had or do not fit.
+    """
     backbone = torchvision.models.resnet18(num_classes=classes)
-    state = None
     if weights is not None:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"--weights {weights}: not a readable state dict ({str(error).strip().splitlines()[0][:120]})")
+        fill(backbone, read_state_dict(weights), f"--weights {weights}")
     elif pretrained:
-        try:
-            state = torchvision.models.ResNet18_Weights.DEFAULT.get_state_dict(progress=True)
-        except Exception as error:
-            raise UserError(f"--pretrained: cannot download ResNet18 ({error}); download it elsewhere and give --weights FILE")
-    if state is not None:
-        try:
-            missing, unexpected = backbone.load_state_dict(
-                {name: value for name, value in state.items() if not name.startswith("fc.")}, strict=False)
-        except (RuntimeError, AttributeError) as error:
-            raise UserError(f"--weights {weights}: not a ResNet18 ({str(error).splitlines()[0]})")
-        if unexpected or any(not name.startswith("fc.") for name in missing):
-            raise UserError(f"--weights {weights}: not torchvision's ResNet18 (key names differ)")
+        fill(backbone, download_resnet18(), "--pretrained")
     return Classifier(backbone, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def read_state_dict(path):
+    """The state dict in a .safetensors file or one of torch's; nothing in it can run."""
+    try:
+        return timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"--weights {path}: not a readable state dict ({first_line(error)})"
+        ) from None
+
+
+def download_resnet18():
+    """torchvision's ImageNet weights, downloaded once."""
+    try:
+        return torchvision.models.ResNet18_Weights.DEFAULT.get_state_dict(progress=True)
+    except Exception as error:
+        raise UserError(
+            f"--pretrained: cannot download resnet18-f37072fd.pth ({first_line(error)}); "
+            "download it elsewhere and give --weights FILE"
+        ) from None
+
+
+def fill(backbone, state, source):
+    """Load all but the head of a ResNet18's state dict. source: for the UserError's message."""
+    try:
+        body = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        missing, unexpected = backbone.load_state_dict(body, strict=False)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"{source}: not a ResNet18 ({first_line(error)})") from None
+    if unexpected or any(not name.startswith("fc.") for name in missing):
+        raise UserError(f"{source}: not torchvision's ResNet18 (key names differ)")
 
 
 def load_model(path, device):
@@ -135,15 +164,17 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
     """AdamW groups with timm's `lr_scale`, which its schedulers multiply the learning rate by.
 
     From scratch (layer_decay None) all layers share one rate. For a pretrained backbone the last
-    block gets backbone_lr, each earlier one layer_decay times the next (Clark et al. 2020, ELECTRA),
-    and the new head 1. Biases and norms have no weight decay.
+    block gets backbone_lr, each earlier one layer_decay times the next (ELECTRA, Clark et al.
+    2020), and the new head 1. Biases and norms have no weight decay.
     """
     backbone = model.backbone
     skip = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
     if layer_decay is None:
         return param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=skip)
     head = {id(p) for p in backbone.get_classifier().parameters()}
-    groups = param_groups_layer_decay(backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(
+        backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
+    )
     result = []
     for group in groups:
         scale = min(1.0, group["lr_scale"] / layer_decay) * backbone_lr
@@ -151,28 +182,39 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
         new = [p for p in group["params"] if id(p) in head]
         for params, lr_scale in ((body, scale), (new, 1.0)):
             if params:
-                result.append({"params": params, "weight_decay": group["weight_decay"], "lr_scale": lr_scale})
+                decay = group["weight_decay"]
+                result.append({"params": params, "weight_decay": decay, "lr_scale": lr_scale})
     return result
 
 
 def fine_tuning_rates(backbone):
-    """(backbone_lr, layer_decay) for `parameter_groups`: low and steep for transformers, nearly one rate for CNNs.
+    """(backbone_lr, layer_decay) for `parameter_groups`: steep for transformers, flat for CNNs.
 
-    A CNN has more blocks, so a transformer's decay would freeze its early ones: EfficientNet-Lite0 on 60 pictures of steel
-    reached 63 % on 30 validation pictures with (0.1, 0.75), 80 % with (0.5, 0.9) and 93 % with (1.0, 0.95), 120 steps, one seed.
+    A CNN has more blocks, so a transformer's decay would freeze its early ones.
     """
-    return (0.1, 0.75) if any("attn" in name for name, _ in backbone.named_modules()) else (1.0, 0.95)
+    attends = any("attn" in name for name, _ in backbone.named_modules())
+    return (0.1, 0.75) if attends else (1.0, 0.95)
+
+
+def precision(device):
+    """The dtype for mixed precision where the hardware computes in it, else None (float32).
+
+    bfloat16 or float16 on cuda, bfloat16 on CPUs with AVX512-BF16 or AMX (elsewhere it is emulated,
+    and many times slower than float32). On mps none: untried.
+    """
+    if device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float16
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+        if any(getattr(torch.cpu, probe, bool)() for probe in probes):
+            return torch.bfloat16
+    return None
 
 
 def autocast(device):
-    """Mixed precision where the hardware computes in it: bfloat16 or float16 on cuda, bfloat16 on CPUs
-    with AVX512-BF16 or AMX (elsewhere it is emulated, and many times slower than float32)."""
-    dtype = None
-    if device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    elif device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in
-                                      ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
-        dtype = torch.bfloat16
+    """torch.autocast in the device's `precision`."""
+    dtype = precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
@@ -190,5 +232,9 @@ def predict(model, pictures, device, batch_size=64):
 
 def features(model, pictures, device):
     """What a teacher's last layer sees of the plain pictures: float32 [N, D] on the CPU."""
-    backbone = model.backbone
-    return predict(lambda pixels: backbone.forward_head(backbone.forward_features(model.normalise(pixels)), pre_logits=True), pictures, device)
+
+    def before_the_head(pixels):
+        maps = model.backbone.forward_features(model.normalise(pixels))
+        return model.backbone.forward_head(maps, pre_logits=True)
+
+    return predict(before_the_head, pictures, device)

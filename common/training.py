@@ -1,7 +1,19 @@
-"""The training loop that teachers and student share."""
+"""What both trainings share: optimiser, schedule, averaged weights, checkpoints, choice of epoch.
+
+The loop itself is in the scripts:
+
+    run = Run(model, groups, schedule, folder, record)
+    run.start(resume=False)
+    for _ in run.epochs():
+        for indices, passes in batch_plan(n, batch_size, seed, run.steps_done, steps_per_epoch):
+            loss = ...
+            run.step(loss)              # backward, clip, optimiser, schedule, averaged weights
+        run.finish_epoch(val)           # ten times a run: validate; best.pt, last.pt, log.csv
+"""
 
 import csv
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,154 +22,253 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
-from common.checkpoints import atomic_path, load, require_same, save, weights_sha256
-from common.cli import UserError
-from common.losses import mixture
+from common.checkpoints import load, save
+from common.errors import UserError, require_same
+from common.files import atomic_path
 from common.metrics import score
-from common.models import autocast, predict
+from common.models import precision, predict
 
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
-FREE_TO_CHANGE = {"resume", "overwrite", "device", "workers", "cache_dir", "output", "data_dir", "unlabelled", "model", "weights",
-                  "good_class", "max_miss_rate", "max_false_alarm_rate", "max_int8_drop", "bfloat16", "calibration_pictures"}  # the last six: export
+WRITTEN = ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts")
 
 
-def default_epochs(steps, steps_per_epoch):
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: AdamW, linear warm-up, then a cosine down to a thousandth.
+
+    lr: at the peak; warmup: share of all steps; ema_decay: per step, of the averaged weights, 0 is
+    off; clip_grad: largest gradient norm, 0 is off; seed: of dropout and the like, per epoch.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    lr: float
+    warmup: float
+    ema_decay: float
+    clip_grad: float
+    seed: int
+
+    @property
+    def steps(self):
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+def epochs_for(steps, steps_per_epoch):
     """Passes that make at least so many steps: few pictures need more passes than many do."""
     return -(-steps // steps_per_epoch)
 
 
-def check_run_folder(folder, args):
-    """Refuse a folder that holds a run already, or a --resume of none; called before any long work."""
+def check_run_folder(folder, resume, overwrite):
+    """Raise a UserError for a folder that holds a run already, or a --resume of none."""
     last = Path(folder) / "last.pt"
-    if args.resume and not last.is_file():
+    if resume and not last.is_file():
         raise UserError(f"--resume: {last} does not exist; leave --resume out to start")
-    if last.is_file() and not (args.resume or args.overwrite):
-        raise UserError(f"{folder}: holds a run already; use --resume, --overwrite or another --output")
+    if last.is_file() and not (resume or overwrite):
+        raise UserError(
+            f"{folder}: holds a run already; use --resume, --overwrite or another --output"
+        )
 
 
-def fit(model, groups, batches, loss, val, steps_per_epoch, folder, record, args, device, watch):
-    """Train with AdamW, warm-up and cosine decay per step, gradient clipping and averaged weights.
+class Run:
+    """One training run: everything that changes with a step, and the files it leaves.
 
-    groups: AdamW parameter groups (timm's lr_scale allowed); batches(first_step, steps): iterator of
-    (pixels float32 [B, 3, S, S] in [0, 255], anything) on the device; loss(logits, anything): scalar;
-    val: Pictures that choose the epoch; record: what the checkpoints say beside metrics and weights;
-    args: epochs, lr, warmup, ema_decay, clip_grad, seed and resume are read; watch: a Stopwatch.
-
-    Writes folder/last.pt (all that --resume needs), folder/best.pt (the averaged weights of the
-    validation that `good_enough` chooses) and folder/log.csv, ten times per run. Every epoch seeds
-    itself from seed and epoch number, so a resumed run ends with the same weights on a CPU. Returns
-    the chosen validation's metrics. Raises FloatingPointError when the loss is not finite.
+    best.pt holds the averaged weights of the validation that `good_enough` chooses, last.pt all
+    that resuming needs, log.csv the training curve. Every epoch seeds itself from seed and epoch
+    number, so a resumed run ends with the same weights on a CPU.
     """
-    folder, total = Path(folder), args.epochs * steps_per_epoch
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type in ("cuda", "cpu"))
-    schedule = CosineLRScheduler(optimizer, t_initial=total, lr_min=args.lr * 1e-3, t_in_epochs=False,
-                                 warmup_t=round(args.warmup * total), warmup_lr_init=args.lr * 1e-2, warmup_prefix=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast(device).fast_dtype == torch.float16)
-    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True)
-    first_epoch, best, history = 0, None, []
-    if args.resume and (folder / "last.pt").is_file():
-        state = load(folder / "last.pt")
-        require_same(_comparable(state["args"]), _comparable(record["args"]), "--resume", "resume with the flags the run began with")
-        require_same({"data": state["data"]["fingerprint"]}, {"data": record["data"]["fingerprint"]}, "--resume", "the pictures changed")
-        require_same({"ensemble": state.get("ensemble_sha256")}, {"ensemble": record.get("ensemble_sha256")}, "--resume", "the ensemble was built anew")
-        ema.module.load_state_dict(state["state_dict"])
-        model.load_state_dict(state["raw_state_dict"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first_epoch, best, history = state["epoch"], state["best"], state["history"]
-        print(f"resuming {folder} after epoch {first_epoch}")
-    else:
-        for name in ("last.pt", "best.pt", "log.csv", "student.ts", "student.bf16.ts", "student.int8.ts"):
-            (folder / name).unlink(missing_ok=True)
 
-    start = time.perf_counter()
-    with tqdm(total=total, initial=first_epoch * steps_per_epoch, desc=str(folder), disable=None, leave=False) as bar:
-        for epoch in range(first_epoch + 1, args.epochs + 1):
-            first_step = (epoch - 1) * steps_per_epoch
-            torch.manual_seed(args.seed * 1_000_003 + epoch)
-            model.train()
-            losses = torch.zeros((), device=device)
-            stream = iter(batches(first_step, steps_per_epoch))
-            for step in range(first_step, first_step + steps_per_epoch):
-                with watch("views"):
-                    pixels, target = next(stream)
-                with watch("training"):
-                    schedule.step_update(step)
-                    with autocast(device):
-                        logits = model(pixels)
-                    value = loss(logits.float(), target)
-                    scaler.scale(value).backward()
-                    if args.clip_grad:
-                        scaler.unscale_(optimizer)
-                        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
-                    ema.update(model, step=step)
-                    losses += value.detach()
-                bar.update()
-            mean_loss = float(losses) / steps_per_epoch
-            if not np.isfinite(mean_loss):
-                raise FloatingPointError(f"{folder}: the loss of epoch {epoch} is {mean_loss}; try a lower --lr")
-            if epoch * SAVES // args.epochs == (epoch - 1) * SAVES // args.epochs:
-                continue
+    def __init__(self, model, groups, schedule, folder, record):
+        """model: on its device; groups: AdamW parameter groups, timm's lr_scale allowed;
+        record: what the checkpoints say beside metrics and weights, with `args` and `data`."""
+        self.model, self.schedule, self.folder, self.record = model, schedule, Path(folder), record
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=schedule.lr, fused=self.device.type in ("cuda", "cpu")
+        )
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=schedule.steps,
+            lr_min=schedule.lr * 1e-3,
+            t_in_epochs=False,
+            warmup_t=round(schedule.warmup * schedule.steps),
+            warmup_lr_init=schedule.lr * 1e-2,
+            warmup_prefix=False,
+        )
+        half = precision(self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.ema = ModelEmaV3(model, decay=schedule.ema_decay, use_warmup=True)
+        self.epoch, self.steps_done, self.best, self.history = 0, 0, None, []
 
-            with watch("validation"):
-                metrics = score(mixture(predict(ema.module, val, device)[None], [1.0], [1.0]), val.labels)
-            row = {"epoch": epoch, "steps": epoch * steps_per_epoch, "lr": optimizer.param_groups[-1]["lr"],
-                   "loss": mean_loss, "val_accuracy": metrics["accuracy"], "val_balanced_accuracy": metrics["balanced_accuracy"],
-                   "val_nll": metrics["nll"], "seconds": round(time.perf_counter() - start, 1)}
-            history.append(row)
-            left = (time.perf_counter() - start) / (epoch - first_epoch) * (args.epochs - epoch)
-            tqdm.write(f"{folder} epoch {epoch}/{args.epochs}: loss {mean_loss:.3f}, val accuracy {metrics['accuracy']:.3f}, "
-                       f"balanced {metrics['balanced_accuracy']:.3f}, NLL {metrics['nll']:.3f}, {left:.0f} s left")
-            with watch("saving"):
-                weights = {name: tensor.detach().cpu() for name, tensor in ema.module.state_dict().items()}
-                state = {**record, "epoch": epoch, "metrics": metrics, "history": history,
-                         "state_dict": weights, "weights_sha256": weights_sha256(weights)}
-                if good_enough(history, balanced_number(val.labels)):
-                    best = metrics
-                    save(state, folder / "best.pt")
-                save({**state, "best": best, "raw_state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict()}, folder / "last.pt")
-                _write_log(folder / "log.csv", history)
-    return best
+    def __str__(self):
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        dtype = str(precision(self.device) or torch.float32).removeprefix("torch.")
+        s = self.schedule
+        return (
+            f"{parameters:.1f} M parameters, {s.steps} steps in {s.epochs} epochs, "
+            f"learning rate {s.lr:g}, {self.device}, {dtype}, seed {s.seed}"
+        )
+
+    def start(self, resume=False, may_differ=()):
+        """Remove an earlier run's files, or go on after the last epoch that was saved.
+
+        may_differ: names of flags that a resumed run need not repeat. Raises UserError for last.pt
+        of another run.
+        """
+        if not (resume and (self.folder / "last.pt").is_file()):
+            for name in WRITTEN:
+                (self.folder / name).unlink(missing_ok=True)
+            return
+        state = load(self.folder / "last.pt")
+        same = [key for key in {**state["args"], **self.record["args"]} if key not in may_differ]
+        require_same(
+            {key: state["args"].get(key) for key in same},
+            {key: self.record["args"].get(key) for key in same},
+            "--resume",
+            "resume with the flags the run began with",
+        )
+        require_same(
+            {"data": state["data"]["fingerprint"], "ensemble": state.get("ensemble_sha256")},
+            {
+                "data": self.record["data"]["fingerprint"],
+                "ensemble": self.record.get("ensemble_sha256"),
+            },
+            "--resume",
+            "the pictures changed or the ensemble was built anew; begin again with --overwrite",
+        )
+        self.ema.module.load_state_dict(state["state_dict"])
+        self.model.load_state_dict(state["raw_state_dict"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
+        self.steps_done = self.epoch * self.schedule.steps_per_epoch
+        print(f"resuming {self.folder} after epoch {self.epoch}")
+
+    def epochs(self):
+        """Yield the epochs that are left, the model in training mode, under a progress bar."""
+        s, first = self.schedule, self.epoch
+        self.began, self.first_epoch = time.perf_counter(), first
+        self.bar = tqdm(
+            total=s.steps, initial=self.steps_done, desc=str(self.folder), disable=None, leave=False
+        )
+        with self.bar:
+            for epoch in range(first + 1, s.epochs + 1):
+                self.epoch = epoch
+                self.losses = torch.zeros((), device=self.device)
+                torch.manual_seed(s.seed * 1_000_003 + epoch)
+                self.model.train()
+                yield epoch
+
+    def step(self, loss):
+        """Backward, gradient clipping, optimiser, and averaged weights. loss: a scalar tensor."""
+        self.scheduler.step_update(self.steps_done)
+        self.scaler.scale(loss).backward()
+        if self.schedule.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.model, step=self.steps_done)
+        self.losses += loss.detach()
+        self.steps_done += 1
+        if not self.bar.disable and self.steps_done % 10 == 0:  # looking at a loss waits for a GPU
+            self.bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+        self.bar.update()
+
+    def finish_epoch(self, val):
+        """Ten times a run: score the averaged weights on val, log a line, write the checkpoints.
+
+        val: the `Pictures` that choose the epoch. Raises FloatingPointError when the epoch's loss
+        is not finite.
+        """
+        loss = float(self.losses) / self.schedule.steps_per_epoch
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.folder}: the loss of epoch {self.epoch} is {loss}; try a lower --lr"
+            )
+        epochs = self.schedule.epochs
+        if self.epoch * SAVES // epochs == (self.epoch - 1) * SAVES // epochs:
+            return
+        logits = predict(self.ema.module, val, self.device)
+        metrics = score(torch.softmax(logits, dim=1), val.labels)
+        self.log(loss, metrics)
+        self.write(metrics, balanced_number(val.labels))
+
+    def log(self, loss, metrics):
+        """Add a row to the training curve and print it, with the time that is left."""
+        seconds = time.perf_counter() - self.began
+        row = {
+            "epoch": self.epoch,
+            "steps": self.steps_done,
+            "lr": self.optimizer.param_groups[-1]["lr"],
+            "loss": loss,
+            "val_accuracy": metrics["accuracy"],
+            "val_balanced_accuracy": metrics["balanced_accuracy"],
+            "val_nll": metrics["nll"],
+            "seconds": round(seconds, 1),
+        }
+        self.history.append(row)
+        per_epoch = seconds / (self.epoch - self.first_epoch)
+        left = per_epoch * (self.schedule.epochs - self.epoch)
+        tqdm.write(
+            f"{self.folder} epoch {self.epoch}/{self.schedule.epochs}: loss {loss:.3f}, "
+            f"val accuracy {row['val_accuracy']:.3f}, balanced {row['val_balanced_accuracy']:.3f}, "
+            f"NLL {row['val_nll']:.3f}, lr {row['lr']:.1e}, {left:.0f} s left"
+        )
+
+    def write(self, metrics, n):
+        """Write best.pt where this validation is good enough, last.pt and log.csv in any case."""
+        averaged = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
+        state = {
+            **self.record,
+            "schedule": asdict(self.schedule),
+            "epoch": self.epoch,
+            "metrics": metrics,
+            "history": self.history,
+            "state_dict": averaged,
+        }
+        if good_enough([row["val_balanced_accuracy"] for row in self.history], n):
+            self.best = metrics
+            save(state, self.folder / "best.pt")
+        rest = {
+            "best": self.best,
+            "raw_state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        save({**state, **rest}, self.folder / "last.pt")
+        write_log(self.folder / "log.csv", self.history)
 
 
 def good_enough(history, n):
-    """Whether the last validation is within one standard error of the highest balanced accuracy so far.
+    """Whether the last validation is within one standard error of the highest so far.
 
-    history: rows of log.csv; n: validation pictures, see `balanced_number`. So best.pt ends as the latest checkpoint that n pictures
-    cannot tell from the best: thirty of them would often prefer one of mid-schedule by a picture's luck, at
-    several points of accuracy. Breiman et al. 1984's rule, with the longest training for the simplest model;
-    the standard error is Agresti and Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
+    history: balanced accuracies, the latest last; n: validation pictures, of `balanced_number`. So
+    best.pt ends as the latest checkpoint that n pictures cannot tell from the best; the highest of
+    thirty pictures alone is often one of mid-schedule that had luck. The rule of Breiman et al.
+    1984, with the longest training for the simplest model; the standard error is Agresti and
+    Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
     """
-    *_, last = values = [row["val_balanced_accuracy"] for row in history]
-    p = (n * max(values) + 2) / (n + 4)
-    return last >= max(values) - (p * (1 - p) / (n + 4)) ** 0.5
+    highest = max(history)
+    p = (n * highest + 2) / (n + 4)
+    standard_error = (p * (1 - p) / (n + 4)) ** 0.5
+    return history[-1] >= highest - standard_error
 
 
 def balanced_number(labels):
-    """How many pictures of equal classes would give balanced accuracy the standard error it has with these: K^2 / sum_c 1 / N_c."""
+    """Pictures of equal classes that give balanced accuracy the standard error it has with these.
+
+    labels: int64 [N]. K^2 / sum_c 1 / N_c, for the K classes that occur.
+    """
     counts = torch.bincount(labels)
     counts = counts[counts > 0]
     return float(len(counts) ** 2 / (1 / counts).sum())
 
 
-def _comparable(args):
-    return {name: value for name, value in args.items() if name not in FREE_TO_CHANGE}
-
-
-def _write_log(path, history):
-    with atomic_path(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, history[0])
-            writer.writeheader()
-            writer.writerows(history)
-
-
-def plain_args(args):
-    """vars(args) as plain data, for artefacts."""
-    return {name: value if isinstance(value, (int, float, bool, str, list, type(None))) else str(value)
-            for name, value in vars(args).items()}
+def write_log(path, history):
+    """Write the training curve as CSV, a row per validation."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)

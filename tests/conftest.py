@@ -1,4 +1,4 @@
-"""A tiny labelled set, and the five scripts run on it once, in process, as a user would call them."""
+"""A tiny labelled set, and the scripts run on it once, in process, as a user would call them."""
 
 import os
 import sys
@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import build_ensemble
+import distill
+import evaluate
+import train_teacher
+from common import cli
+from common.images import WHITE_LEVEL, DecodedCache
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import build_ensemble  # noqa: E402
-import distill  # noqa: E402
-import evaluate  # noqa: E402
-import train_teacher  # noqa: E402
-from common import cli  # noqa: E402
-
 TEACHERS = ("test_vit", "test_resnet")  # timm's smallest
 SIDE = 32
+CPU = ("--device", "cpu")
+RECORD = {"view_size": SIDE, "white_level": WHITE_LEVEL}  # how splits.py is told to read pictures
 
 
 def draw(label, rng):
@@ -34,19 +35,20 @@ def draw(label, rng):
 
 
 def make_set(root, splits, seed=0):
-    """ImageFolder of three classes; splits: {folder: pictures per class}, 'unlabelled' without class folders."""
+    """ImageFolder of three classes; splits: {folder: pictures per class}, unlabelled ones flat."""
     rng = np.random.default_rng(seed)
     for split, count in splits.items():
         for label, name in enumerate(("cross", "level", "upright")):
             folder = root / split / ("" if split == "unlabelled" else name)
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                Image.fromarray(draw((2, 0, 1)[label], rng)).save(folder / f"{name[0]}{number:03d}.png")
+                picture = Image.fromarray(draw((2, 0, 1)[label], rng))
+                picture.save(folder / f"{name[0]}{number:03d}.png")
     return root
 
 
 def call(main, *words):
-    """Run a script's main() with command line words; returns (exit status, ...) like a process would."""
+    """Run a script's main() with command line words; returns the exit status of a process."""
     argv, sys.argv = sys.argv, [main.__module__, *map(str, words)]
     try:
         cli.run(main)
@@ -65,13 +67,15 @@ def tiny(tmp_path_factory):
     before = Path.cwd()
     os.chdir(root)
     try:
-        common = ("--device", "cpu")
-        assert call(train_teacher.main, "--data-dir", "parts", "--view-size", SIDE, "--model", *TEACHERS,
-                    "--epochs", 40, "-b", 16, *common) == 0
-        assert call(build_ensemble.main, "--views", 3, *common) == 0
-        assert call(distill.main, "--epochs", 15, "-b", 16, *common) == 0
-        assert call(distill.main, "--epochs", 3, "-b", 16, "--alpha", 0, "--output", "runs/alone", *common) == 0
-        assert call(evaluate.main, "--baseline", "runs/alone/best.pt", *common) == 0
+        pictures = ("--data-dir", "parts", "--view-size", SIDE)
+        steps = ("--epochs", 40, "-b", 16)
+        assert call(train_teacher.main, *pictures, "--model", *TEACHERS, *steps, *CPU) == 0
+        assert call(build_ensemble.main, "--views", 3, *CPU) == 0
+        student = ("-b", 16, "--good-class", "level", "--max-int8-drop", 20, *CPU)
+        assert call(distill.main, "--epochs", 15, *student) == 0
+        alone = ("--alpha", 0, "--output", "runs/alone")
+        assert call(distill.main, "--epochs", 3, *alone, *student) == 0
+        assert call(evaluate.main, "--baseline", "runs/alone/best.pt", *CPU) == 0
     finally:
         os.chdir(before)
     return SimpleNamespace(root=root, data=root / "parts", runs=root / "runs")
@@ -85,6 +89,6 @@ def inside(tiny, monkeypatch):
 
 
 @pytest.fixture
-def data_args(tmp_path):
-    """What the flags of cli.add_data_flags give."""
-    return SimpleNamespace(workers=2, skip_bad=False, cache_dir=str(tmp_path / "packs"))
+def cache(tmp_path):
+    """An empty decoded cache."""
+    return DecodedCache(tmp_path / "decoded")

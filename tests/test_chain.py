@@ -1,5 +1,6 @@
-"""The five scripts together: what passes between them, resuming, killing, and the exported file."""
+"""The scripts together: what passes between them, resuming, killing, and what they refuse to do."""
 
+import csv
 import json
 import os
 import shutil
@@ -13,254 +14,320 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from conftest import CPU, RECORD, ROOT, SIDE, TEACHERS, call, make_set
 
 import build_ensemble
 import distill
 import evaluate
-import infer
 import train_teacher
-from common import data, training
+from common import models, splits, training
 from common.checkpoints import load
-from common.ensemble import load_ensemble, open_views, soft_targets
-from common.export import load_exported
-from common.models import create_teacher, fine_tuning_rates, load_model, parameter_groups, predict
-from conftest import ROOT, SIDE, TEACHERS, call
+from common.ensemble import CachedLogits, load_ensemble
+from common.images import DecodedCache
+from common.views import ViewRecipe, batch_plan, render
 
-CPU = ("--device", "cpu")
-
-
-def weights(path):
-    return load(path)["state_dict"]
+TRAIN = ("--data-dir", "parts", "--view-size", SIDE)
 
 
 def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+    pairs = zip(load(a)["state_dict"].values(), load(b)["state_dict"].values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
-def test_metrics_file_has_the_promised_keys_and_agrees_with_itself(tiny):
-    report = json.loads((tiny.runs / "report" / "metrics.json").read_text())
-    names = [f"runs/{t}/best.pt" for t in sorted(TEACHERS)] + ["runs/ensemble", "runs/alone/best.pt", "runs/student/best.pt"]
-    assert set(names) < set(report["models"])
-    for model in report["models"].values():
-        assert set(model["sets"]) == {"test", "test_other"}
-        assert model["mean_accuracy"] == pytest.approx(np.mean([s["accuracy"] for s in model["sets"].values()]))
-        for name, n in (("test", 60), ("test_other", 36)):
-            s = model["sets"][name]
-            assert s["n"] == n == np.sum(s["confusion_matrix"])
-            assert s["accuracy"] == pytest.approx(np.trace(s["confusion_matrix"]) / n)
-            assert {"balanced_accuracy", "macro_f1", "nll", "ece", "minus_baseline"} <= set(s)
-    assert "rows are true" in (tiny.runs / "report" / "confusion.txt").read_text()
+def read_report(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------- training
 
 
 def test_the_students_learn_something(tiny):
-    report = json.loads((tiny.runs / "report" / "metrics.json").read_text())
+    report = read_report(tiny.runs / "report")
     assert report["models"]["runs/student/best.pt"]["mean_accuracy"] > 0.5  # chance is 1/3
 
 
-def test_exported_file_agrees_with_the_checkpoint_from_the_picture_file_on(tiny, data_args):
-    model, state = load_model(tiny.runs / "student" / "best.pt", torch.device("cpu"))
-    exported, metadata = load_exported(tiny.runs / "student" / "student.ts")
-    pictures = data.whole(data.open_pack(tiny.data / "test", SIDE, data_args))
-    expected = F.softmax(predict(model, pictures, torch.device("cpu")) / metadata["temperature"], dim=1)
-    with torch.no_grad():
-        raw = [torch.from_numpy(data.read_picture(tiny.data / "test" / path)) for path in pictures.packs[0].paths]
-        ours = torch.cat([exported(picture) for picture in raw])
-        batch, planes = exported(torch.stack(raw)), exported(torch.stack(raw).permute(0, 3, 1, 2))
-    assert raw[0].shape == (40, 48, 3)  # so the resize inside the file is at work
-    for probabilities in (ours, batch, planes):
-        assert torch.allclose(probabilities, expected, atol=1e-5)
-    assert metadata["classes"] == state["classes"] == ["cross", "level", "upright"]
+def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, tmp_path):
+    """One step on all pictures: what log.csv says against numpy, from the same start and views."""
+    words = ("--epochs", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
+    assert call(distill.main, *words, "--output", tmp_path / "s", *CPU) == 0
+    logged = float(next(csv.DictReader(open(tmp_path / "s" / "log.csv")))["loss"])
 
+    ensemble = load_ensemble("runs/ensemble")
+    cache = DecodedCache("runs/decoded")
+    train, _, data = splits.open_training(cache, ensemble["data"])
+    pictures = train + splits.open_unlabelled(cache, "parts/unlabelled", data)
+    torch.manual_seed(5)
+    student = models.create_student(3, SIDE).train()
+    student.to(memory_format=torch.channels_last)
+    (indices, _), = batch_plan(len(pictures), 105, 5, 0, 1)
+    views = np.ones(105, int)
+    recipe = ViewRecipe.from_record(ensemble["view_recipe"])
+    with torch.no_grad(), models.autocast(torch.device("cpu")):
+        s = student(render(pictures.batch(indices), indices, views, 0, recipe)).double().numpy()
 
-def test_infer_runs_alone_and_reports_bad_pictures(tiny, tmp_path):
-    shutil.copy(ROOT / "infer.py", tmp_path)
-    shutil.copy(tiny.runs / "student" / "student.ts", tmp_path)
-    shutil.copytree(tiny.data / "test" / "level", tmp_path / "pictures")
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"no")
-    block = ("import sys, runpy\n"
-             "class Block:\n"
-             "    def find_spec(self, name, path=None, target=None):\n"
-             "        if name.split('.')[0] in ('common', 'timm', 'torchvision', 'tqdm', 'pytest', 'safetensors'):\n"
-             "            raise ImportError('blocked: ' + name)\n"
-             "sys.meta_path.insert(0, Block()); sys.argv = ['infer.py'] + sys.argv[1:]\n"
-             "runpy.run_path('infer.py', run_name='__main__')\n")
+    def log_softmax(z):
+        return z - np.log(np.exp(z).sum(1, keepdims=True))
 
-    def run(*words):
-        return subprocess.run([sys.executable, "-c", block, "--model", "student.ts", *words], cwd=tmp_path, capture_output=True, text=True)
-
-    plain, as_json = run("pictures"), run("--json", "pictures")
-    assert plain.returncode == as_json.returncode == 1 and "broken.png: cannot be read" in plain.stderr
-    rows, records = plain.stdout.splitlines(), [json.loads(line) for line in as_json.stdout.splitlines()]
-    assert len(rows) == len(records) == 20
-    for row, record in zip(rows, records):
-        path, name, probability = row.split("\t")
-        assert path == record["path"] and name == record["class"]
-        assert record["probabilities"][name] == max(record["probabilities"].values()) == record["probability"]
-        assert float(probability) == pytest.approx(record["probability"], abs=1e-3)
+    z = np.load("runs/ensemble/view_001.npy")[:, indices].astype(np.float64)
+    q = 0
+    for logits, t, weight in zip(z, ensemble["temperatures"], ensemble["weights"]):
+        q = q + weight * np.exp(log_softmax(logits / t / 3))
+    labels = pictures.labels[indices].numpy()
+    known = labels >= 0
+    ce = -log_softmax(s)[known, labels[known]].mean()
+    kl = (q * (np.log(q) - log_softmax(s / 3))).sum(1).mean()
+    assert known.sum() == 57
+    assert logged == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-3)
 
 
 def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(inside, tmp_path, monkeypatch):
-    words = ("--epochs", 2, "-b", 16, "--alpha", 0, *CPU)
-    assert call(distill.main, *words, "--output", tmp_path / "ours") == 0
-    monkeypatch.setattr(distill, "distillation_loss", lambda logits, labels, soft, alpha, tau, weights: F.cross_entropy(logits, labels))
-    assert call(distill.main, *words, "--output", tmp_path / "plain") == 0
+    words = ("--epochs", 2, "-b", 16, "--alpha", 0)
+    assert call(distill.main, *words, "--output", tmp_path / "ours", *CPU) == 0
+
+    def plain(logits, labels, weights):
+        return F.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(distill, "labelled_cross_entropy", plain)
+    monkeypatch.setattr(distill, "CachedLogits", None)  # no teacher is asked
+    assert call(distill.main, *words, "--output", tmp_path / "plain", *CPU) == 0
     assert same_weights(tmp_path / "ours" / "best.pt", tmp_path / "plain" / "best.pt")
-
-
-def test_soft_targets_are_the_mixture_of_the_stored_logits(tiny):
-    record = load_ensemble(tiny.runs / "ensemble")
-    views = open_views(tiny.runs / "ensemble", record)
-    assert record["shape"] == [2, 105, 3] and len(views) == 4
-    q = soft_targets(views, record, [2, 1], [7, 100], 3.0)
-    for row, (view, index) in enumerate(((2, 7), (1, 100))):
-        z = np.load(tiny.runs / "ensemble" / f"view_{view:03d}.npy")[:, index].astype(np.float64)
-        p = [np.exp(z[t] / record["temperatures"][t] / 3) for t in range(2)]
-        expected = sum(w * e / e.sum() for w, e in zip(record["weights"], p))
-        assert np.allclose(q[row], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", ["teacher", "student"])
 def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkeypatch, script):
-    if script == "teacher":
-        main, runs = train_teacher.main, ("test_vit", "test_resnet")  # the second one has not begun when the first is interrupted
-        words = ("--data-dir", "parts", "--view-size", SIDE, "--model", *runs, "--epochs", 4, "-b", 16, *CPU)
-    else:
-        main, runs, words = distill.main, ("",), ("--epochs", 4, "-b", 16, *CPU)
-    assert call(main, *words, "--output", tmp_path / "whole") == 0
+    main, runs, words = distill.main, ("",), ("--epochs", 4, "-b", 16)
+    if script == "teacher":  # the second one has not begun when the first is interrupted
+        main, runs = train_teacher.main, ("test_vit", "test_resnet")
+        words = (*TRAIN, "--model", *runs, *words)
+    assert call(main, *words, *CPU, "--output", tmp_path / "whole") == 0
 
     real, saved = training.save, []
 
     def save_then_interrupt(state, path):
         real(state, path)
-        saved.append(path)
-        if path.name == "last.pt" and len([p for p in saved if p.name == "last.pt"]) == 2:
+        saved.append(path.name)
+        if saved.count("last.pt") == 2:
             raise KeyboardInterrupt
 
+    cut = (*words, *CPU, "--output", tmp_path / "cut")
     monkeypatch.setattr(training, "save", save_then_interrupt)
-    assert call(main, *words, "--output", tmp_path / "cut") == 130
+    assert call(main, *cut) == 130
     monkeypatch.setattr(training, "save", real)
     assert load(tmp_path / "cut" / runs[0] / "last.pt")["epoch"] == 2
-    assert call(main, *words, "--output", tmp_path / "cut") == 2  # neither --resume nor --overwrite
-    assert call(main, *words, "--output", tmp_path / "cut", "--resume", "--lr", 0.5) == 2  # another run
-    assert call(main, *words, "--output", tmp_path / "cut", "--resume") == 0
+    assert call(main, *cut) == 2  # neither --resume nor --overwrite
+    assert call(main, *cut, "--resume", "--lr", 0.5) == 2  # another run
+    assert call(main, *cut, "--resume") == 0
     for run in runs:
+        logs = []
+        for half in ("whole", "cut"):
+            rows = (tmp_path / half / run / "log.csv").read_text().splitlines()
+            logs.append([row.rsplit(",", 1)[0] for row in rows])  # but for the seconds
+        assert logs[0] == logs[1]
         for name in ("best.pt", "last.pt"):
             assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)
-    logs = [(tmp_path / half / runs[0] / "log.csv").read_text().splitlines() for half in ("whole", "cut")]
-    assert [[line.rsplit(",", 1)[0] for line in log] for log in logs][0] == [line.rsplit(",", 1)[0] for line in logs[1]]
 
 
 def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():
-    history = [{"val_balanced_accuracy": a} for a in (0.90, 29 / 30, 28 / 30, 27 / 30)]
+    history = [0.90, 29 / 30, 28 / 30, 27 / 30]
     chosen = [training.good_enough(history[:end], 30) for end in range(1, 5)]
-    assert chosen == [True, True, True, False]  # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
-    assert training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 30)  # 1 - 0.0404
-    assert not training.good_enough([{"val_balanced_accuracy": a} for a in (1, 29 / 30)], 300)  # 1 - 0.0046
-    assert training.balanced_number(torch.tensor([0] * 90 + [1] * 10)) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)
+    # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
+    assert chosen == [True, True, True, False]
+    assert training.good_enough([1, 29 / 30], 30)  # 1 - 0.0404
+    assert not training.good_enough([1, 29 / 30], 300)  # 1 - 0.0046
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    assert training.balanced_number(labels) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)
 
 
-def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
-    command = [sys.executable, str(ROOT / "build_ensemble.py"), "--views", "40", "-b", "8", "--device", "cpu", "--output"]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "view_003.npy").is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
-    process.wait()
-    done = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("view_*.npy")}
-    assert 4 <= len(done) < 41
-    assert call(distill.main, tmp_path / "killed", "--output", tmp_path / "s", *CPU) == 2  # unfinished
-    words = ("--views", 40, "-b", 8, *CPU)
-    assert call(build_ensemble.main, *words, "--output", tmp_path / "killed") == 0
-    assert call(build_ensemble.main, *words, "--output", tmp_path / "whole") == 0
-    for file in (tmp_path / "whole").iterdir():
-        assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
-    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == then for name, then in done.items())
-
-
-def test_check_recomputes_stored_logits_and_fails_when_one_is_wrong(inside, tmp_path, capsys):
-    shutil.copytree("runs/ensemble", tmp_path / "e")
-    assert call(build_ensemble.main, "--check", 60, "--output", tmp_path / "e", *CPU) == 0
-    assert "60 stored picture-views recomputed" in capsys.readouterr().out
-    record = json.loads((tmp_path / "e" / "ensemble.json").read_text())
-    for view in range(4):
-        file = tmp_path / "e" / f"view_{view:03d}.npy"
-        np.save(file, np.load(file) + np.float32(0.1))
-        record["sha256"][view] = build_ensemble.file_sha256(file)
-    (tmp_path / "e" / "ensemble.json").write_text(json.dumps(record))
-    with pytest.raises(RuntimeError, match="differ from the teachers'"):
-        call(build_ensemble.main, "--check", 60, "--output", tmp_path / "e", *CPU)
-
-
-def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside, tmp_path):
-    words = ("runs/student/student.ts", "runs/ensemble", "--test-dirs", "parts/test", "parts/test/../test", "--output", tmp_path, *CPU)
-    assert call(evaluate.main, *words) == 0
-    report = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(report["models"]) == {"runs/student/student.ts", "runs/ensemble"}
-    assert set(report["models"]["runs/ensemble"]["sets"]) == {"parts/test", "parts/test/../test"}
-
-
-def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_path):
-    words = ("--data-dir", "parts", "--view-size", 48, "--img-size", 40, "--model", "test_resnet", "--epochs", 1, *CPU)
-    assert call(train_teacher.main, *words, "--output", tmp_path) == 0
-    checkpoint = tmp_path / "test_resnet" / "best.pt"
-    assert call(evaluate.main, checkpoint, "runs/student/best.pt", "--data-dir", "parts", "--output", tmp_path / "r", *CPU) == 0
-    assert load(checkpoint)["img_size"] == 40
+def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path):
+    words = (*TRAIN, "--model", "test_resnet", "--epochs", 2, "--lr", 1e30, "--clip-grad", 0, *CPU)
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        call(train_teacher.main, *words, "--output", tmp_path)
+    assert not (tmp_path / "test_resnet" / "best.pt").exists()
 
 
 def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
-    model, pixels = create_teacher("vit_tiny_patch16_224", 2, 40).eval(), torch.rand(1, 3, 40, 40) * 255
+    model = models.create_teacher("vit_tiny_patch16_224", 2, 40).eval()
+    pixels = torch.rand(1, 3, 40, 40) * 255
     edge_changed = pixels.clone()
     edge_changed[..., -2:] = 0
     assert model.img_size == 48  # of patches of 16
     assert not torch.allclose(model(pixels), model(edge_changed))
 
 
-def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path):
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 2, "--lr", 1e30, "--clip-grad", 0, *CPU)
-    with pytest.raises(FloatingPointError, match="lower --lr"):
-        call(train_teacher.main, *words, "--output", tmp_path)
-    assert not (tmp_path / "test_resnet" / "best.pt").exists()
-
-
-def test_pictures_of_cameras_of_any_shape_go_through_infer(tiny, tmp_path, capsys, monkeypatch):
-    Image.new("RGBA", (333, 77)).save(tmp_path / "wide.png")
-    Image.new("L", (5, 400)).save(tmp_path / "tall.png")
-    monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(tiny.runs / "student" / "student.ts"), str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        infer.main()
-    assert end.value.code == 0 and len(capsys.readouterr().out.splitlines()) == 2
-
-
-def test_a_resnet_teacher_from_scratch_has_no_sleeping_branch_and_a_loaded_one_keeps_its_own(tmp_path):
+def test_a_resnet_teacher_from_scratch_starts_awake_and_a_loaded_one_as_it_was(tmp_path):
     def asleep(model):
-        return sum(not m.weight.any() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return sum(not norm.weight.any() for norm in norms)
 
     theirs = timm.create_model("resnet10t", num_classes=3)
     assert asleep(theirs) == 4  # one per residual block: what timm does
-    assert asleep(create_teacher("resnet10t", 3, 32)) == 0
-    torch.save(theirs.state_dict(), tmp_path / "resnet10t.pth")
-    assert asleep(create_teacher("resnet10t", 3, 32, weights=tmp_path / "resnet10t.pth")) == 4
+    assert asleep(models.create_teacher("resnet10t", 3, 32)) == 0
+    file = tmp_path / "resnet10t.pth"
+    torch.save(theirs.state_dict(), file)
+    assert asleep(models.create_teacher("resnet10t", 3, 32, weights=file)) == 4
 
 
 def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move():
     slowest = {}
     for name in TEACHERS:
-        model = create_teacher(name, 3, SIDE)
-        backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
-        scales = sorted({group["lr_scale"] for group in parameter_groups(model, 0.05, layer_decay, backbone_lr)})
+        model = models.create_teacher(name, 3, SIDE)
+        backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
+        groups = models.parameter_groups(model, 0.05, layer_decay, backbone_lr)
+        scales = sorted({group["lr_scale"] for group in groups})
         assert scales[-1] == 1.0  # the new head
         slowest[name] = scales[0]
-        assert all(b / a == pytest.approx(1 / layer_decay) for a, b in zip(scales[:-2], scales[1:-1]))
+        for a, b in zip(scales[:-2], scales[1:-1]):
+            assert b / a == pytest.approx(1 / layer_decay)
     assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
 
 
+def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp_path):
+    from safetensors.torch import save_file
+
+    state = models.create_student(7, SIDE).backbone.state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    save_file(state, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        student = models.create_student(3, SIDE, weights=tmp_path / name)
+        assert torch.equal(student.backbone.conv1.weight, state["conv1.weight"])
+        assert student.backbone.fc.out_features == 3
+
+
+# ---------------------------------------------------------------------------------------- ensemble
+
+
+def test_soft_targets_are_the_mixture_of_the_stored_logits(tiny):
+    record = load_ensemble(tiny.runs / "ensemble")
+    cached = CachedLogits(tiny.runs / "ensemble", record)
+    assert cached.views == 3 and cached.logits[0].shape == (2, 105, 3)
+    q = cached.targets([2, 1], [7, 100], 3.0)
+    for row, view, index in ((0, 2, 7), (1, 1, 100)):
+        z = np.load(tiny.runs / "ensemble" / f"view_{view:03d}.npy")[:, index].astype(np.float64)
+        expected = 0
+        for logits, t, weight in zip(z, record["temperatures"], record["weights"]):
+            e = np.exp(logits / t / 3)
+            expected = expected + weight * e / e.sum()
+        assert np.allclose(q[row], expected, atol=1e-5)
+
+
+def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
+    words = ("--views", 40, "-b", 8, *CPU, "--output")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, ROOT / "build_ensemble.py", *words, killed]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    while not (killed / "view_003.npy").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
+    process.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in killed.glob("view_*.npy")}
+    assert 4 <= len(done) < 41
+    assert call(distill.main, killed, "--output", tmp_path / "s", *CPU) == 2  # unfinished
+    assert call(build_ensemble.main, *words, killed) == 0
+    assert call(build_ensemble.main, *words, whole) == 0
+    for file in whole.iterdir():
+        assert file.read_bytes() == (killed / file.name).read_bytes(), file.name
+    for name, then in done.items():
+        assert (killed / name).stat().st_mtime_ns == then
+
+
+def test_check_recomputes_stored_logits_and_refuses_wrong_ones(inside, tmp_path, capfd):
+    shutil.copytree("runs/ensemble", tmp_path / "e")
+    words = ("--check", 60, "--output", tmp_path / "e", *CPU)
+    assert call(build_ensemble.main, *words) == 0
+    assert "60 stored picture-views recomputed" in capfd.readouterr().out
+    record = load_ensemble(tmp_path / "e")
+    for view in range(4):
+        file = tmp_path / "e" / f"view_{view:03d}.npy"
+        np.save(file, np.load(file) + np.float32(0.1))
+        record["sha256"][view] = build_ensemble.file_sha256(file)
+    (tmp_path / "e" / "ensemble.json").write_text(json.dumps(record))
+    assert call(build_ensemble.main, *words) == 2
+    assert "differ from the teachers'" in capfd.readouterr().err
+
+
 def test_the_ensemble_can_be_asked_for_other_views_than_the_teachers_saw(inside, tmp_path):
-    words = ("--views", 1, "--output", tmp_path / "wide", "--device", "cpu")
-    assert call(build_ensemble.main, *words, "--view-recipe", "zoom_min=0.5") == 0
-    recipe, before = (load_ensemble(folder)["view_recipe"] for folder in (tmp_path / "wide", inside.runs / "ensemble"))
+    wide, usual = tmp_path / "wide", inside.runs / "ensemble"
+    words = ("--views", 1, "--output", wide, "--view-recipe", "zoom_min=0.5", *CPU)
+    assert call(build_ensemble.main, *words) == 0
+    recipe, before = (load_ensemble(folder)["view_recipe"] for folder in (wide, usual))
     assert recipe == {**before, "zoom_min": 0.5} and recipe != before
-    plain, views = (np.load(folder / "view_000.npy") for folder in (tmp_path / "wide", inside.runs / "ensemble"))
-    assert np.array_equal(plain, views)
-    assert np.abs(np.load(tmp_path / "wide" / "view_001.npy") - np.load(inside.runs / "ensemble" / "view_001.npy")).max() > 0.1
+    plain, view = ([np.load(f / f"view_00{v}.npy") for f in (wide, usual)] for v in (0, 1))
+    assert np.array_equal(*plain)
+    assert np.abs(view[0] - view[1]).max() > 0.1
+
+
+def test_the_ensemble_lists_the_labels_it_doubts_by_path(tmp_path, monkeypatch, capfd):
+    parts = make_set(tmp_path / "parts", {"train": 24, "val": 8, "test": 2})
+    (parts / "train" / "level" / "l003.png").rename(parts / "train" / "upright" / "wrong.png")
+    monkeypatch.chdir(tmp_path)
+    words = (*TRAIN, "--model", "test_resnet", "--epochs", 40, "-b", 16)
+    assert call(train_teacher.main, *words, *CPU) == 0
+    assert call(build_ensemble.main, "--views", 1, *CPU) == 0
+    doubtful = load_ensemble(tmp_path / "runs" / "ensemble")["doubtful"]
+    assert "train/upright/wrong.png" in [doubt["picture"] for doubt in doubtful["train"]]
+    assert "doubtful labels in train: " in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- evaluate
+
+
+def test_metrics_file_has_the_promised_keys_and_agrees_with_itself(tiny):
+    report = read_report(tiny.runs / "report")
+    expected = [f"runs/{name}/best.pt" for name in sorted(TEACHERS)]
+    expected += ["runs/ensemble", "runs/alone/best.pt", "runs/student/best.pt"]
+    expected += ["runs/student/student.int8.ts", "runs/student/student.ts"]  # not the baseline's
+    assert list(report["models"]) == expected
+    for model in report["models"].values():
+        assert set(model["sets"]) == {"test", "test_other"}
+        accuracies = [s["accuracy"] for s in model["sets"].values()]
+        assert model["mean_accuracy"] == pytest.approx(np.mean(accuracies))
+        for name, n in (("test", 60), ("test_other", 36)):
+            s = model["sets"][name]
+            assert s["n"] == n == np.sum(s["confusion_matrix"])
+            assert s["accuracy"] == pytest.approx(np.trace(s["confusion_matrix"]) / n)
+            assert {"balanced_accuracy", "macro_f1", "nll", "ece", "minus_baseline"} <= set(s)
+    assert report["models"]["runs/student/student.ts"]["latency_device"] == "cpu"
+
+
+def test_predictions_hold_every_picture_of_every_model_and_agree_with_the_scores(tiny):
+    report = read_report(tiny.runs / "report")
+    with open(tiny.runs / "report" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["models"]) * 96
+    for name, model in report["models"].items():
+        mine = [row for row in rows if row["model"] == name and row["set"] == "test"]
+        right = [row["label"] == row["prediction"] for row in mine]
+        assert np.mean(right) == pytest.approx(model["sets"]["test"]["accuracy"])
+        for row in mine:
+            assert (tiny.data / row["path"]).is_file()
+            p = {c: float(row[f"p_{c}"]) for c in report["classes"]}
+            assert sum(p.values()) == pytest.approx(1, abs=1e-5)
+            assert p[row["prediction"]] == max(p.values())
+
+
+def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside, tmp_path):
+    tests = ("--test-dirs", "parts/test", "parts/test/../test")
+    words = ("runs/student/student.ts", "runs/ensemble", *tests, "--output", tmp_path, *CPU)
+    assert call(evaluate.main, *words, "--skip-audit") == 0
+    report = read_report(tmp_path)
+    assert set(report["models"]) == {"runs/student/student.ts", "runs/ensemble"}
+    sets = report["models"]["runs/ensemble"]["sets"]
+    assert set(sets) == {"parts/test", "parts/test/../test"} and report["audit"] is None
+
+
+def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_path):
+    pictures = ("--data-dir", "parts", "--view-size", 48, "--img-size", 40)
+    words = (*pictures, "--model", "test_resnet", "--epochs", 1, "--output", tmp_path)
+    assert call(train_teacher.main, *words, *CPU) == 0
+    checkpoint = tmp_path / "test_resnet" / "best.pt"
+    words = (checkpoint, "runs/student/best.pt", "--data-dir", "parts", "--output", tmp_path / "r")
+    assert call(evaluate.main, *words, "--skip-audit", *CPU) == 0
+    assert load(checkpoint)["img_size"] == 40
+    alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"],
+                              {**RECORD, "view_size": 48, "classes": ["cross", "level", "upright"]})
+    model, _ = models.load_model(checkpoint, torch.device("cpu"))
+    logits = models.predict(model, alone["test"], torch.device("cpu"))
+    accuracy = float((logits.argmax(1) == alone["test"].labels).float().mean())
+    report = read_report(tmp_path / "r")["models"][str(checkpoint)]
+    assert report["sets"]["test"]["accuracy"] == pytest.approx(accuracy)

@@ -21,7 +21,7 @@ def test_a_picture_is_a_pure_function_of_its_key():
 
 
 def test_the_class_changes_the_part_and_nothing_around_it():
-    """Same key, other class: same part, scene and camera, so no nuisance can depend on the class."""
+    """Same key, other class: same part, scene and camera, so no nuisance depends on the class."""
     for index in range(6):
         good = draw("good", (SEED, 0, index)).astype(int)
         for name in ("rusted", "scratched", "thread_damaged"):
@@ -33,7 +33,8 @@ def test_the_class_changes_the_part_and_nothing_around_it():
 
 def test_the_set_is_written_whole_and_byte_identical(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "PER_CLASS", SMALL)
-    monkeypatch.setattr(synthetic, "ProcessPoolExecutor", InProcess)  # workers would not see the small table
+    # Worker processes would not see the small table.
+    monkeypatch.setattr(synthetic, "ProcessPoolExecutor", InProcess)
     a, b = (synthetic.make_dataset(tmp_path / name, progress=False) for name in "ab")
     files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
     assert len(files) == 6 * sum(SMALL.values()) + 1
@@ -65,7 +66,9 @@ def test_linear_classifiers_on_thumbnails_and_mean_colour_stay_near_chance():
     pictures = [Image.fromarray(draw(CLASSES[i % 6], (SEED, 99, i))) for i in range(720)]
     labels = np.arange(720) % 6
     some = len(CLASSES) * synthetic.PER_CLASS["train"]  # as many as the set has labels for
-    for side, limit in ((8, 0.31), (1, 0.22)):  # chance is 0.167, its 95 % range on 612 pictures up to 0.20
-        x = np.array([np.asarray(p.resize((side, side), Image.Resampling.BOX)).ravel() for p in pictures], float)
-        answer, = shortcuts.ridge(x[:some], labels[:some], [x[some:]])
+    # Chance is 0.167, its 95 % range on 612 pictures reaches up to 0.20.
+    for side, limit in ((8, 0.31), (1, 0.22)):
+        small = [p.resize((side, side), Image.Resampling.BOX) for p in pictures]
+        x = np.array([np.asarray(p).ravel() for p in small], float)
+        (answer,) = shortcuts.ridge(x[:some], labels[:some], [x[some:]])
         assert (answer.argmax(1) == labels[some:]).mean() < limit

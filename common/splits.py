@@ -1,0 +1,293 @@
+"""Training, validation and test pictures: labels from folder names, the split, exact leaks.
+
+A data record is a dict that every stage passes on, so that all see the same split:
+
+    dir, view_size, white_level              what is read, and how
+    val_fraction, split_seed, group_regex    how a part of train/ is held out where there is no val/
+    dropped                                  training pictures that a test set holds, left out
+    classes, fingerprint                     what was found; compared when a later stage opens it
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import UserError, require_same
+from common.folders import data_folder
+from common.images import list_pictures
+from common.losses import UNLABELLED
+
+
+class Pictures:
+    """Decoded pictures of one or several folders behind one index.
+
+    A picture's number here is the `index` of its views, so teachers and student must build it
+    alike: the labelled training pictures, then the unlabelled ones.
+    """
+
+    def __init__(self, parts, part_of, row_of, labels):
+        """parts: list of `Decoded`; part_of, row_of, labels: int64 arrays [N]."""
+        self.parts, self.part_of, self.row_of = parts, part_of, row_of
+        self.labels = torch.from_numpy(labels)
+
+    @classmethod
+    def of(cls, decoded, rows=None, labels=None):
+        """Rows of one folder, by default all of them and without a label."""
+        rows = np.arange(len(decoded.paths)) if rows is None else rows
+        labels = np.full(len(rows), UNLABELLED) if labels is None else labels
+        return cls([decoded], np.zeros(len(rows), np.int64), rows, labels)
+
+    def __len__(self):
+        return len(self.row_of)
+
+    def __add__(self, other):
+        """These pictures with the other ones behind them."""
+        part_of = np.concatenate([self.part_of, other.part_of + len(self.parts)])
+        row_of = np.concatenate([self.row_of, other.row_of])
+        labels = torch.cat([self.labels, other.labels]).numpy()
+        return Pictures([*self.parts, *other.parts], part_of, row_of, labels)
+
+    def take(self, numbers):
+        """The pictures with these numbers, in this order."""
+        labels = self.labels.numpy()[numbers]
+        return Pictures(self.parts, self.part_of[numbers], self.row_of[numbers], labels)
+
+    @property
+    def side(self):
+        """Side of the decoded pictures in px."""
+        return self.parts[0].images.shape[1]
+
+    def batch(self, indices, device="cpu"):
+        """uint8 [B, S, S, 3] on the device."""
+        rows = [self.parts[self.part_of[i]].images[self.row_of[i]] for i in indices]
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    def path(self, i):
+        """Where picture i lies, from its folder's name on: train/good/17.jpg."""
+        part = self.parts[self.part_of[i]]
+        return f"{part.folder.name}/{part.paths[self.row_of[i]]}"
+
+    def paths(self):
+        """`path` of every picture."""
+        return [self.path(i) for i in range(len(self))]
+
+    def digests(self):
+        """sha256 of each picture's file."""
+        return [self.parts[p].digests[row] for p, row in zip(self.part_of, self.row_of)]
+
+    def pixel_digests(self):
+        """sha256 of each picture's decoded pixels: equal for the same pixels in another file."""
+        images = (self.parts[p].images[row] for p, row in zip(self.part_of, self.row_of))
+        return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+
+    def facts(self):
+        """(width, height, bytes) of each picture's file."""
+        return [self.parts[p].facts[row] for p, row in zip(self.part_of, self.row_of)]
+
+    def fingerprint(self):
+        """A hash of what the pictures are, in which order, and of their labels."""
+        read = [part.fingerprint for part in self.parts]
+        rows = [self.part_of.tolist(), self.row_of.tolist(), self.labels.tolist()]
+        return hashlib.sha256(json.dumps([read, rows]).encode()).hexdigest()
+
+
+def class_folders(folder):
+    """Sorted names of the class folders of a labelled set.
+
+    Raises UserError for a missing folder, no or one class folder, or a class without a picture.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        raise UserError(
+            f"{folder}: {len(classes)} class folders found, at least two are needed: "
+            f"{folder}/<class>/<picture>"
+        )
+    filled = {path.split("/")[0] for path in list_pictures(folder)}
+    for name in classes:
+        if name not in filled:
+            raise UserError(
+                f"{folder / name}: this class has no pictures; add some or remove the folder"
+            )
+    return classes
+
+
+def open_labelled(cache, folder, record):
+    """(classes, Pictures) of a folder with a folder per class.
+
+    record: with view_size and white_level. Raises UserError as `class_folders` does, and for
+    pictures or whole classes that cannot be read.
+    """
+    folder = Path(folder)
+    classes = class_folders(folder)
+    decoded = cache.open(folder, record["view_size"], record["white_level"])
+    decoded.require_readable(cache.skip_bad)
+
+    number = {name: k for k, name in enumerate(classes)}
+    owners = [path.split("/")[0] for path in decoded.paths]
+    rows = np.array([row for row, name in enumerate(owners) if name in number], np.int64)
+    labels = np.array([number[owners[row]] for row in rows], np.int64)
+    if len(rows) < len(owners):
+        print(f"{folder}: left out {len(owners) - len(rows)} pictures beside the class folders")
+    for k, name in enumerate(classes):
+        if not (labels == k).any():
+            raise UserError(
+                f"{folder / name}: no picture of this class can be read; "
+                "mend them or remove the folder"
+            )
+    return classes, Pictures.of(decoded, rows, labels)
+
+
+def open_unlabelled(cache, folder, record):
+    """Pictures without labels, from anywhere below a folder; errors as of `cache.open`."""
+    decoded = cache.open(folder, record["view_size"], record["white_level"])
+    decoded.require_readable(cache.skip_bad)
+    return Pictures.of(decoded)
+
+
+def open_training(cache, record):
+    """(train, val, record) for a data record; every stage calls this, hence sees the same split.
+
+    The returned record adds classes and fingerprint. A record that has them already is compared
+    with what is found, and a UserError names what differs.
+    """
+    folder = data_folder(record["dir"])
+    classes, train = open_labelled(cache, folder / "train", record)
+    fingerprint = train.fingerprint()
+    if (folder / "val").is_dir():
+        its_classes, val = open_labelled(cache, folder / "val", record)
+        require_same(
+            {"classes": classes},
+            {"classes": its_classes},
+            f"{folder / 'val'} against train",
+            "both need the same class folders",
+        )
+        fingerprint += f"+{val.fingerprint()}"
+    else:
+        below = [path.split("/", 1)[1] for path in train.paths()]
+        groups = groups_of(below, record["group_regex"])
+        share, seed = record["val_fraction"], record["split_seed"]
+        kept, held = hold_out(train.labels.numpy(), groups, share, seed)
+        train, val = train.take(kept), train.take(held)
+
+    found = {**record, "dir": folder.as_posix(), "classes": classes, "fingerprint": fingerprint}
+    if "fingerprint" in record:
+        require_same(
+            {**record, "dir": found["dir"]},
+            found,
+            f"the pictures in {folder}",
+            "give the --data-dir that the earlier stage was made from, or make that stage again",
+        )
+    dropped = set(record["dropped"])
+    return without(train, dropped, classes), without(val, dropped, classes), found
+
+
+def without(pictures, paths, classes):
+    """The pictures but those at these paths. Raises UserError where that empties a class."""
+    if not paths:
+        return pictures
+    kept = [i for i, path in enumerate(pictures.paths()) if path not in paths]
+    rest = pictures.take(np.array(kept, np.int64))
+    lost = set(pictures.labels.tolist()) - set(rest.labels.tolist())
+    if lost:
+        raise UserError(
+            f"--drop-leaks: leaves {classes[min(lost)]} without a picture; "
+            "remove the copies from the test set instead"
+        )
+    return rest
+
+
+def groups_of(paths, pattern):
+    """A group name per path: the first match group of the pattern, or the path itself."""
+    if pattern is None:
+        return paths
+    matches = [re.search(pattern, path) for path in paths]
+    if not any(matches):
+        raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
+    return [match.group(1) or path if match else path for match, path in zip(matches, paths)]
+
+
+def hold_out(labels, groups, share, seed):
+    """Split rows into (train, val), whole groups at a time, each class near its share.
+
+    labels: int [N]; groups: N names; share: of each class to hold out. Groups are visited in an
+    order drawn from the seed and held out when that brings the class counts nearer to their
+    targets. Returns two sorted int arrays. Raises UserError when a class is left without a picture.
+    """
+    labels = np.asarray(labels)
+    classes = labels.max() + 1
+    rows_of = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+
+    total = np.bincount(labels, minlength=classes)
+    target = np.maximum(1, np.round(share * total))
+    held, val = np.zeros(classes), []
+    names = sorted(rows_of)
+    for position in np.random.default_rng([seed, 0]).permutation(len(names)):
+        rows = rows_of[names[position]]
+        counts = np.bincount(labels[rows], minlength=classes)
+        missing = target - held
+        if np.abs(missing - counts).sum() < np.abs(missing).sum():
+            held += counts
+            val += rows
+
+    split = (held > 0) & (held < total)
+    if not split.all():
+        raise UserError(
+            f"class number {int(np.argmin(split))} cannot be split into train and val "
+            "(too few pictures or groups); give a val/ folder"
+        )
+    val = np.sort(np.array(val))
+    return np.setdiff1d(np.arange(len(labels)), val), val
+
+
+def open_tests(cache, folders, record):
+    """{name: Pictures} of test folders; a name is the folder's, or its path where names collide.
+
+    record: a data record with classes. Raises UserError as `open_labelled` does, and for a folder
+    with other classes.
+    """
+    names = [Path(folder).name for folder in folders]
+    sets = {}
+    for folder, name in zip(folders, names):
+        classes, pictures = open_labelled(cache, folder, record)
+        require_same(
+            {"classes": record["classes"]},
+            {"classes": classes},
+            f"{folder} against the models",
+            "a test set needs one folder for each class the models know",
+        )
+        key = name if names.count(name) == 1 else Path(folder).as_posix()
+        sets[key] = pictures
+    return sets
+
+
+def find_leaks(cache, pictures, folders, record):
+    """Which pictures have the bytes or the pixels of one in a test folder: [(path, test path)].
+
+    Test folders are read as they are: one that is flat, empty or lacks a class is for evaluate.py
+    to refuse, and must not stop a training.
+    """
+    known = {}
+    for folder in folders:
+        try:
+            decoded = cache.open(folder, record["view_size"], record["white_level"])
+        except UserError:  # no pictures
+            continue
+        test = Pictures.of(decoded)
+        for digests in (test.digests(), test.pixel_digests()):
+            known.update(zip(digests, test.paths()))
+
+    found = []
+    for i, digests in enumerate(zip(pictures.digests(), pictures.pixel_digests())):
+        copies = [known[digest] for digest in digests if digest in known]
+        if copies:
+            found.append((pictures.path(i), copies[0]))
+    return found

@@ -1,0 +1,231 @@
+"""Reading pictures: every kind is read, every bad one is named, and nothing stale is served."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, RECORD, SIDE, call, make_set
+from PIL import Image
+
+import infer
+import train_teacher
+from common import folders, images, splits
+from common.checkpoints import load
+from common.errors import UserError
+from common.images import DecodedCache
+
+RED, GREEN = (200, 30, 40), (20, 180, 60)
+
+
+def two_halves(size=(40, 20)):
+    """RGB picture, left half red and right half green."""
+    picture = Image.new("RGB", size, RED)
+    picture.paste(GREEN, (size[0] // 2, 0, *size))
+    return picture
+
+
+def saved(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("mode, kind", [
+    ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "TIFF"), ("RGB", "BMP"), ("P", "GIF"),
+])
+def test_colour_pictures_of_every_mode_keep_their_colours(mode, kind):
+    converted = two_halves().convert(mode, palette=Image.Palette.ADAPTIVE)
+    pixels = images.read_picture(saved(converted, kind)).astype(int)
+    assert pixels.shape == (20, 40, 3)
+    assert np.abs(pixels[5, 5] - RED).max() <= 30 and np.abs(pixels[5, 35] - GREEN).max() <= 30
+
+
+def test_grey_and_16_bit_pictures_keep_their_brightness_whatever_else_is_in_them():
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(8, 0)
+    grey = images.read_picture(saved(Image.fromarray(ramp), "PNG"))
+    deep = images.read_picture(saved(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG"))
+    assert (grey == ramp[..., None]).all() and (deep == grey).all()
+    dark = saved(Image.fromarray(np.full((4, 4), 200, np.uint16)), "PNG")  # of 65535
+    assert images.read_picture(dark).max() == 0
+
+
+def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    for number, brightest in enumerate((900, 4095)):  # a dark picture stays darker than a bright
+        values = np.linspace(0, brightest, 64).astype(np.uint16)[None].repeat(64, 0)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{number}.png")
+    cache = DecodedCache(tmp_path / "decoded")
+    assert cache.open(tmp_path / "deep", 64).images.max() == 15
+    assert "--white-level 4095" in capsys.readouterr().out
+    decoded = cache.open(tmp_path / "deep", 64, white_level=4095)
+    assert [int(image.max()) for image in decoded.images] == [56, 255]
+    assert "--white-level" not in capsys.readouterr().out
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    pixels = images.read_picture(saved(two_halves(), "PNG", exif=exif))
+    assert pixels.shape == (40, 20, 3)
+    assert pixels[5, 10, 0] > 150 and pixels[35, 10, 1] > 150  # red above, green below
+
+
+def test_infer_reads_pictures_exactly_as_training_does(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    deep = Image.fromarray((np.arange(800, dtype=np.uint16) * 80).reshape(20, 40))
+    files = [
+        saved(two_halves(), "JPEG", exif=exif),
+        saved(two_halves().convert("CMYK"), "JPEG"),
+        saved(two_halves().convert("RGBA"), "PNG"),
+        saved(two_halves().convert("L"), "PNG"),
+        saved(deep, "PNG"),
+    ]
+    for file in files:
+        for white_level in (65535, 4095):
+            ours = images.read_picture(file, white_level)
+            assert (infer.read_picture(file, white_level) == ours).all()
+    assert infer.EXTENSIONS == images.EXTENSIONS
+    for module in (images, infer):
+        monkeypatch.setattr(module, "MAX_PIXELS", 100)
+        with pytest.raises(ValueError, match="over the limit"):
+            module.read_picture(files[0])
+
+
+def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsys, monkeypatch):
+    root = make_set(tmp_path / "s", {"train": 4}) / "train"
+    good = (root / "level" / "l000.png").read_bytes()
+    (root / "level" / "l001.png").write_bytes(b"")
+    (root / "cross" / "c002.png").write_bytes(good[: len(good) // 2])
+    (root / "upright" / "note.jpg").write_text("not a picture")
+    Image.new("L", (200, 200)).save(root / "upright" / "big.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 30_000)
+    with pytest.raises(UserError) as error:
+        splits.open_labelled(DecodedCache(tmp_path / "decoded"), root, RECORD)
+    for words in ("l001.png: the file is empty", "c002.png", "note.jpg", "big.png: ValueError"):
+        assert words in str(error.value)
+
+    lenient = DecodedCache(tmp_path / "decoded", skip_bad=True)
+    classes, pictures = splits.open_labelled(lenient, root, RECORD)
+    assert "left out 4 pictures" in capsys.readouterr().out
+    assert pictures.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    last = root.parent / pictures.path(9)
+    expected = images.resize(torch.from_numpy(images.read_picture(last)), SIDE)
+    assert (pictures.batch([9])[0] == expected).all()
+
+
+def test_a_changed_byte_makes_the_cache_again_and_a_changed_time_does_not(tmp_path, cache, capsys):
+    root = make_set(tmp_path / "s", {"train": 3}) / "train"
+    file = root / "level" / "l000.png"
+    first = cache.open(root, 16)
+    assert "decoded" in capsys.readouterr().out
+    os.utime(file, (1, 1))
+    assert cache.open(root, 16).fingerprint == first.fingerprint
+    assert "decoded" not in capsys.readouterr().out
+    before, changed = file.stat(), bytearray(file.read_bytes())
+    changed[-1] ^= 1  # the end chunk's checksum, which Pillow does not read: same size and pixels
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = cache.open(root, 16)
+    assert "decoded" in capsys.readouterr().out and second.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "another array"])
+def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
+    root = make_set(tmp_path / "s", {"train": 3}) / "train"
+    expected = np.array(cache.open(root, 16).images)
+    file = next((tmp_path / "decoded").glob("*/images.bin"))
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        del content[-100:]
+    elif damage == "one bit":
+        content[500] ^= 1
+    else:
+        content = bytes(len(content))
+    file.write_bytes(content)
+    assert (cache.open(root, 16).images == expected).all()
+
+
+def test_resize_never_crops():
+    picture = torch.zeros(30, 90, 3, dtype=torch.uint8)
+    picture[:, :3] = 255  # a bright left edge
+    small = images.resize(picture, 30)
+    assert small.shape == (30, 30, 3) and small[:, 0].min() > 200 and small[:, 2:].max() == 0
+
+
+def test_view_size_follows_small_pictures_and_stops_at_224(tmp_path):
+    for name, side in (("small", 100), ("large", 500)):
+        for c in "ab":
+            (tmp_path / name / "train" / c).mkdir(parents=True)
+            Image.new("L", (side, side // 2)).save(tmp_path / name / "train" / c / "x.png")
+    assert folders.default_view_size(tmp_path / "small") == 96
+    assert folders.default_view_size(tmp_path / "large") == 224
+
+
+# ------------------------------------------------------------------------------------------ splits
+
+
+def test_hold_out_is_stratified_and_repeatable():
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    names = [str(i) for i in range(160)]
+    train, val = splits.hold_out(labels, names, 0.2, 0)
+    assert list(np.bincount(labels[val])) == [20, 10, 2]
+    assert sorted([*train, *val]) == list(range(160))
+    assert (val == splits.hold_out(labels, names, 0.2, 0)[1]).all()
+    assert list(val) != list(splits.hold_out(labels, names, 0.2, 1)[1])
+
+
+def test_hold_out_keeps_groups_whole():
+    paths = []
+    for photo in range(40):
+        paths += [f"{'hole' if k % 3 else 'screw'}/{photo}_{k}.jpg" for k in range(4)]
+    labels = np.array([path.startswith("screw") for path in paths], int)
+    groups = splits.groups_of(paths, r"/(\d+)_")
+    train, val = splits.hold_out(labels, groups, 0.25, 0)
+    assert not {groups[i] for i in train} & {groups[i] for i in val}
+    assert len(val) == 40 and np.bincount(labels[val]).tolist() == [20, 20]
+
+
+def test_a_class_that_cannot_be_split_is_refused():
+    with pytest.raises(UserError, match="cannot be split"):
+        splits.hold_out(np.array([0, 0, 0, 0, 1]), list("abcde"), 0.2, 0)
+
+
+def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, monkeypatch, capfd):
+    parts = make_set(tmp_path / "parts", {"train": 8, "val": 3, "test": 4})
+    original = parts / "test" / "level" / "l000.png"
+    (parts / "train" / "level" / "bytes.png").write_bytes(original.read_bytes())
+    with Image.open(original) as image:
+        image.save(parts / "train" / "level" / "pixels.bmp")
+    monkeypatch.chdir(tmp_path)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 1)
+    assert call(train_teacher.main, *words, *CPU) == 2
+    error = capfd.readouterr().err
+    assert "2 training pictures are test pictures too" in error and "--drop-leaks" in error
+    assert not (tmp_path / "runs" / "test_resnet").exists()
+    assert call(train_teacher.main, *words, "--allow-leakage", *CPU) == 0
+    assert call(train_teacher.main, *words, "--drop-leaks", "--overwrite", *CPU) == 0
+
+    record = load(tmp_path / "runs" / "test_resnet" / "best.pt")["data"]
+    assert record["dropped"] == ["train/level/bytes.png", "train/level/pixels.bmp"]
+    train, _, _ = splits.open_training(DecodedCache("runs/decoded"), record)
+    assert len(train) == 24 and not set(train.paths()) & set(record["dropped"])
+    (parts / "train" / "level" / "bytes.png").unlink()  # a later stage finds other pictures
+    with pytest.raises(UserError, match="fingerprint differs"):
+        splits.open_training(DecodedCache("runs/decoded"), record)
+
+
+def test_a_test_folder_that_evaluate_will_refuse_never_stops_training(tmp_path, monkeypatch):
+    parts = make_set(tmp_path / "parts", {"train": 8, "val": 3, "test_of_few": 2})
+    (parts / "test_empty" / "cross").mkdir(parents=True)
+    (parts / "test_flat").mkdir()
+    (parts / "test_flat" / "broken.png").write_bytes(b"no picture")
+    Image.new("L", (40, 40)).save(parts / "test_flat" / "a.png")
+    for file in (parts / "test_of_few" / "cross").iterdir():
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 1)
+    assert call(train_teacher.main, *words, *CPU) == 0
