@@ -93,12 +93,14 @@ def build(args, watch):
         "schema": SCHEMA,
         "teachers": describe_teachers(paths, records),
         "data": data,
-        "unlabelled": describe_pool(pool_dir, pool),
+        "unlabelled": None,
         "pictures": len(pictures),
         "view_recipe": recipe.record(),
         "seed": args.seed,
         "dtype": "float32",
     }
+    if pool:
+        spec["unlabelled"] = {"dir": pool_dir.as_posix(), "fingerprint": pool.fingerprint()}
     begin(folder, spec, args.overwrite)
 
     # Temperatures, mixture weights and doubtful labels.
@@ -117,12 +119,10 @@ def build(args, watch):
     batches = in_batches(np.arange(len(pictures)), args.batch_size)
     with tqdm(total=len(missing) * len(pictures), desc="logits", disable=None, leave=False) as bar:
         for view in missing:
-            shape = (len(teachers), len(pictures), len(data["classes"]))
-            logits = np.empty(shape, np.float32)
+            logits = np.empty((len(teachers), len(pictures), len(data["classes"])), np.float32)
             for indices in batches:
-                same_view = np.full(len(indices), view)
-                batch = pictures.batch(indices, device)
-                pixels = render(batch, indices, same_view, args.seed, recipe)
+                same = np.full(len(indices), view)
+                pixels = render(pictures.batch(indices, device), indices, same, args.seed, recipe)
                 logits[:, indices] = teacher_logits(teachers, pixels)
                 bar.update(len(indices))
             write_view(folder, view, logits)
@@ -187,13 +187,6 @@ def describe_teachers(paths, records):
         }
         for path, record in zip(paths, records)
     ]
-
-
-def describe_pool(folder, pool):
-    """Which unlabelled pictures, as plain data; None for none."""
-    if pool is None:
-        return None
-    return {"dir": folder.as_posix(), "fingerprint": pool.fingerprint()}
 
 
 def begin(folder, spec, overwrite):
@@ -275,17 +268,10 @@ def check(args, watch):
     cached = CachedLogits(args.output, record)
     device = cli.pick_device(args.device)
     teachers, _ = load_teachers([teacher["path"] for teacher in record["teachers"]], device)
-    pictures, _, data = open_pictures(record["data"], args)
-    if record["unlabelled"]:
-        pool_dir = args.unlabelled or record["unlabelled"]["dir"]
-        pool = splits.open_unlabelled(cli.decoded_cache(args), pool_dir, data)
-        require_same(
-            {"fingerprint": record["unlabelled"]["fingerprint"]},
-            {"fingerprint": pool.fingerprint()},
-            f"{pool_dir} against {args.output}",
-            "the unlabelled pictures changed; build again",
-        )
-        pictures = pictures + pool
+    train, _, data = open_pictures(record["data"], args)
+    cache = cli.decoded_cache(args)
+    pool = splits.open_same_pool(cache, args.unlabelled, data, record["unlabelled"])
+    pictures = train + pool if pool else train
     watch.lap("pictures")
 
     recipe = cli.stored_recipe(ViewRecipe, record, args.output)

@@ -24,11 +24,11 @@ import torch
 
 from common import cli, export, folders, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
-from common.errors import UserError, require_same
+from common.errors import UserError
 from common.files import exclusive, file_sha256
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.threshold import good_class
-from common.views import ViewRecipe, batch_plan, render
+from common.views import ViewRecipe, render
 
 STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain ends in a few minutes
 CALIBRATION_BATCH = 32
@@ -97,18 +97,15 @@ def distil(output, args, watch):
     ensemble = load_ensemble(args.ensemble)
     recipe = cli.stored_recipe(ViewRecipe, ensemble, args.ensemble)
     device = cli.pick_device(args.device)
-    labelled, pool, val, data = open_pictures(ensemble, args)
-    classes, view_size = data["classes"], data["view_size"]
-    if args.good_class and args.good_class not in classes:
-        raise UserError(f"--good-class {args.good_class}: the classes are {', '.join(classes)}")
+    labelled, everything, val, data = open_pictures(ensemble, args)
+    classes = data["classes"]
     cache = CachedLogits(args.ensemble, ensemble) if args.alpha else None
-    everything = labelled + pool if pool else labelled
     pictures = everything if args.alpha else labelled
     watch.lap("pictures")
 
     # The student.
     torch.manual_seed(args.seed)
-    img_size = args.img_size or view_size
+    img_size = args.img_size or data["view_size"]
     model = models.create_student(len(classes), img_size, args.pretrained, args.weights)
     model.to(device, memory_format=torch.channels_last)
     groups = models.parameter_groups(model, args.weight_decay)
@@ -116,13 +113,8 @@ def distil(output, args, watch):
     if args.balance_classes:
         weights = class_weights(labelled.labels, len(classes)).to(device)
 
-    # The run. Stand-alone and distilled students have as many steps.
-    steps = -(-len(everything) // args.batch_size)
-    default = training.epochs_for(STEPS, steps)
-    epochs = args.epochs or (EMBEDDED_EPOCHS if folders.is_embedded(data["dir"]) else default)
-    schedule = training.Schedule(
-        epochs, steps, args.lr, args.warmup, args.ema_decay, args.clip_grad, args.seed
-    )
+    # The run.
+    schedule = plan_steps(len(everything), data, args)
     run = training.Run(model, groups, schedule, output, {
         "kind": "student",
         "model": "resnet18",
@@ -134,17 +126,17 @@ def distil(output, args, watch):
         "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
     })
     run.start(args.resume, cli.FREE_ON_RESUME)
-    learnt = describe(labelled, everything, cache, epochs)
+    learnt = describe(labelled, everything, cache, schedule.epochs)
     print(f"resnet18 at {model.img_size} px: {learnt}, {run}")
 
     alpha, T = args.alpha, args.temperature
     for _ in run.epochs():
-        plan = batch_plan(len(pictures), args.batch_size, args.seed, run.steps_done, steps)
-        for indices, passes in plan:
+        for indices, passes in run.batches(len(pictures), args.batch_size):
             views = 1 + (passes % cache.views if cache else passes)
             batch = pictures.batch(indices, device)
             pixels = render(batch, indices, views, ensemble["seed"], recipe)
             labels = pictures.labels[indices].to(device)
+
             with models.autocast(device):
                 logits = model(pixels)
             logits = logits.float()
@@ -162,20 +154,24 @@ def distil(output, args, watch):
 
 
 def open_pictures(ensemble, args):
-    """(labelled, pool or None, val, data record): the pictures the ensemble was made from."""
+    """(labelled, labelled with the pool, val, data record): what the ensemble was made from."""
     cache, moved = cli.decoded_cache(args), {"dir": args.data_dir} if args.data_dir else {}
     labelled, val, data = splits.open_training(cache, {**ensemble["data"], **moved})
-    pool = None
-    if ensemble["unlabelled"]:
-        folder = args.unlabelled or ensemble["unlabelled"]["dir"]
-        pool = splits.open_unlabelled(cache, folder, data)
-        require_same(
-            {"unlabelled": ensemble["unlabelled"]["fingerprint"]},
-            {"unlabelled": pool.fingerprint()},
-            f"{folder} against {args.ensemble}",
-            "give the --unlabelled folder the ensemble was made from, or build it again",
-        )
-    return labelled, pool, val, data
+    pool = splits.open_same_pool(cache, args.unlabelled, data, ensemble["unlabelled"])
+    if args.good_class and args.good_class not in data["classes"]:
+        classes = ", ".join(data["classes"])
+        raise UserError(f"--good-class {args.good_class}: the classes are {classes}")
+    return labelled, labelled + pool if pool else labelled, val, data
+
+
+def plan_steps(pictures, data, args):
+    """The schedule; a stand-alone student has as many steps as one that sees all the pictures."""
+    steps = -(-pictures // args.batch_size)
+    default = training.epochs_for(STEPS, steps)
+    epochs = args.epochs or (EMBEDDED_EPOCHS if folders.is_embedded(data["dir"]) else default)
+    return training.Schedule(
+        epochs, steps, args.lr, args.warmup, args.ema_decay, args.clip_grad, args.seed
+    )
 
 
 def describe(labelled, everything, cache, epochs):

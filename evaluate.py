@@ -57,7 +57,7 @@ def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     names = args.model or find_models()
     if args.baseline and args.baseline not in names:
-        names = [args.baseline, *names]
+        names.insert(0, args.baseline)
     device = cli.pick_device(args.device)
 
     # What is to be measured, on what.
@@ -76,38 +76,23 @@ def main():
     watch.lap("pictures")
 
     # Can the pictures be trusted?
-    audited, found, lines = {}, None, []
-    if not args.skip_audit:
-        audited = training_sets(known, subjects, args)
+    audited = {} if args.skip_audit else training_sets(known, subjects, args)
+    found, lines = None, []
     if audited:
         audited = {**audited, **pictures}
         found = audit.audit(audited, args.cache_dir)
         lines = audit.describe(found, first["classes"], known[0]["group_regex"])
-    for line in lines:
-        print(f"audit: {line}")
+    print("".join(f"audit: {line}\n" for line in lines), end="")
     watch.lap("audit")
 
-    # Every file runs once, however many ensembles it is part of.
-    measured, answers, results = {}, {}, {}
-    for name, subject in tqdm(subjects.items(), "evaluating", disable=None, leave=False):
-        sets = tests[subject.pictures["view_size"], subject.pictures["white_level"]]
-        for file in subject.files:
-            if file not in measured:
-                measured[file] = measure(file, subject, sets, device, args.batch_size)
-        members = [measured[file] for file in subject.files]
-        for set_name in sets:
-            logits = [member.logits[set_name] for member in members]
-            probabilities = mixture(logits, subject.temperatures, subject.weights)
-            answers[name, set_name] = probabilities.numpy()
-        results[name] = summarise(name, subject, members, answers, sets)
+    # What do the models say, and which is better?
+    results, answers = evaluate(subjects, tests, device, args.batch_size)
     watch.lap("models")
-
     if args.baseline:
         compare(results, answers, args.baseline, pictures)
     add_agreement(results, answers)
     tables.print_table(results, list(pictures), args.baseline)
     tables.print_operating_points(results)
-
     findings = {
         "models": results,
         "classes": first["classes"],
@@ -119,10 +104,7 @@ def main():
         "threads": torch.get_num_threads(),
         "args": cli.plain(args),
         "versions": versions(),
-        "test_sets": {
-            name: {"folder": str(each.parts[0].folder), "fingerprint": each.fingerprint()}
-            for name, each in pictures.items()
-        },
+        "test_sets": describe_sets(pictures),
     }
     output = Path(args.output)
     save_json(findings, output / "metrics.json")
@@ -131,6 +113,23 @@ def main():
     watch.lap("report")
     print(f"{output / 'report.html'}, metrics.json, predictions.csv")
     print(watch)
+
+
+def evaluate(subjects, tests, device, batch_size):
+    """(results, answers): a row of metrics.json per model, and {(model, set): float32 [N, K]}."""
+    measured, answers, results = {}, {}, {}
+    for name, subject in tqdm(subjects.items(), "evaluating", disable=None, leave=False):
+        sets = tests[subject.pictures["view_size"], subject.pictures["white_level"]]
+        for file in subject.files:  # every file runs once, however many ensembles it is part of
+            if file not in measured:
+                measured[file] = measure(file, subject, sets, device, batch_size)
+        members = [measured[file] for file in subject.files]
+        for set_name in sets:
+            logits = [member.logits[set_name] for member in members]
+            probabilities = mixture(logits, subject.temperatures, subject.weights)
+            answers[name, set_name] = probabilities.numpy()
+        results[name] = summarise(name, subject, members, answers, sets)
+    return results, answers
 
 
 def open_tests(subjects, known, args):
@@ -196,6 +195,14 @@ def summarise(name, subject, members, answers, sets):
         "latency_device": members[0].device,
         "good_class": subject.record.get("good_class"),
         "made_from": made_from,
+    }
+
+
+def describe_sets(pictures):
+    """Where each test set lies and what it was, as plain data."""
+    return {
+        name: {"folder": str(each.parts[0].folder), "fingerprint": each.fingerprint()}
+        for name, each in pictures.items()
     }
 
 

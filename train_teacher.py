@@ -22,7 +22,7 @@ from common import cli, folders, models, splits, training
 from common.errors import UserError
 from common.files import exclusive
 from common.losses import class_weights
-from common.views import ViewRecipe, batch_plan, render
+from common.views import ViewRecipe, render
 
 STEPS = 600
 EMBEDDED = {"levit_conv_128s": 300, "resnet10t": 900}  # steps on the embedded set, a few minutes
@@ -195,14 +195,12 @@ def plan_steps(name, epochs, pictures, record, args):
 def fit(run, train, val, recipe, args, watch):
     """Train one teacher: cross-entropy with label smoothing on fresh views in every pass."""
     model, device, classes = run.model, run.device, len(run.record["classes"])
-    steps = run.schedule.steps_per_epoch
     weight_of = torch.ones(classes, device=device)
     if args.balance_classes:
         weight_of = class_weights(train.labels, classes).to(device)
 
     for _ in run.epochs():
-        plan = batch_plan(len(train), args.batch_size, args.seed, run.steps_done, steps)
-        for indices, passes in plan:
+        for indices, passes in run.batches(len(train), args.batch_size):
             pictures = train.batch(indices, device)
             pixels = render(pictures, indices, 1 + passes, args.seed, recipe)
             labels = train.labels[indices].to(device)

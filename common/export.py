@@ -157,8 +157,8 @@ def export_student(student, val, views, facts, limits, folder):
     measurements, with view_size, classes and good_class (or None); limits: `Limits`.
     """
     float_file, int8_file = folder / "student.ts", folder / "student.int8.ts"
-    for file in (float_file, int8_file):
-        file.unlink(missing_ok=True)  # so that the two are always of one export
+    float_file.unlink(missing_ok=True)  # so that the two are always of one export
+    int8_file.unlink(missing_ok=True)
 
     trunk = float_trunk(student)
     float_logits = logits_of(student, trunk, val, facts["view_size"])
@@ -174,10 +174,9 @@ def export_student(student, val, views, facts, limits, folder):
 
     trunk = int8_trunk(student, views)
     int8_logits = logits_of(student, trunk, val, facts["view_size"])
-    decisions, its_decisions = float_logits.argmax(1), int8_logits.argmax(1)
-    lost = int((decisions == val.labels).sum() - (its_decisions == val.labels).sum())
-    drop = 100 * lost / len(val.labels)
-    differ = float((decisions != its_decisions).float().mean())
+    decisions, its_own = float_logits.argmax(1), int8_logits.argmax(1)
+    lost = int((decisions == val.labels).sum() - (its_own == val.labels).sum())
+    drop, differ = 100 * lost / len(val.labels), float((decisions != its_own).float().mean())
     print(
         f"int8: {drop:+.1f} points of val accuracy lost ({lost} of {len(val.labels)} pictures), "
         f"{100 * differ:.1f} % of val decisions differ"

@@ -5,7 +5,7 @@ The loop itself is in the scripts:
     run = Run(model, groups, schedule, folder, record)
     run.start(resume=False)
     for _ in run.epochs():
-        for indices, passes in batch_plan(n, batch_size, seed, run.steps_done, steps_per_epoch):
+        for indices, passes in run.batches(len(pictures), batch_size):
             loss = ...
             run.step(loss)              # backward, clip, optimiser, schedule, averaged weights
         run.finish_epoch(val)           # ten times a run: validate; best.pt, last.pt, log.csv
@@ -27,6 +27,7 @@ from common.errors import UserError, require_same
 from common.files import atomic_path
 from common.metrics import score
 from common.models import precision, predict
+from common.views import batch_plan
 
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 WRITTEN = ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts")
@@ -37,7 +38,7 @@ class Schedule:
     """How long and how fast: AdamW, linear warm-up, then a cosine down to a thousandth.
 
     lr: at the peak; warmup: share of all steps; ema_decay: per step, of the averaged weights, 0 is
-    off; clip_grad: largest gradient norm, 0 is off; seed: of dropout and the like, per epoch.
+    off; clip_grad: largest gradient norm, 0 is off; seed: of the order, of dropout and the like.
     """
 
     epochs: int
@@ -158,6 +159,11 @@ class Run:
                 torch.manual_seed(s.seed * 1_000_003 + epoch)
                 self.model.train()
                 yield epoch
+
+    def batches(self, count, batch_size):
+        """(indices, passes) of each step of this epoch, see `views.batch_plan`."""
+        s = self.schedule
+        return batch_plan(count, batch_size, s.seed, self.steps_done, s.steps_per_epoch)
 
     def step(self, loss):
         """Backward, gradient clipping, optimiser, and averaged weights. loss: a scalar tensor."""

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-
 from conftest import CPU, SIDE, call
 
 import build_ensemble
