@@ -17,11 +17,11 @@ from common import duplicates
 from common.errors import UserError
 from common.files import load_json, save_json
 from common.shortcuts import probe
+from common.splits import TRAINING_SETS
 
 VERSION = 4  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 SHOWN = 3  # examples of each finding in its line
-TRAINING_SETS = ("train", "val", "unlabelled")
 
 
 def audit(sets, cache_dir):

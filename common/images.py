@@ -10,6 +10,7 @@ stamps can stay while the contents change; then the array is made again. The arr
 import hashlib
 import io
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class DecodedCache:
 
     def home_of(self, folder, side):
         """The cache's folder for one folder of pictures."""
-        key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
         return self.home / f"{folder.name}-{side}-{key}"
 
 

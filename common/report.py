@@ -22,7 +22,6 @@ from common.threshold import wilson
 SHOWN = 12  # pictures of each kind
 NEAR = 0.8  # share of the best model's way up from chance that makes a shortcut a warning
 BINS = 10  # of the reliability curve
-THRESHOLDS = 200  # of the operating curve
 BOX = {"width": 360, "height": 240, "left": 50, "right": 346, "top": 12, "bottom": 196}  # px
 RATES = {"max_miss_rate": "miss", "max_false_alarm_rate": "false_alarm"}  # that targets are about
 
@@ -41,23 +40,27 @@ def write(findings, answers, pictures, audited, path):
         "shown": shown,
         "answer": answer(models, baseline, shown),
         "warnings": shortcut_warnings(findings),
-        "points_of_files": operating_points(models),
+        "operating_points": operating_points(models),
+        "ensembles": of_kind(models, "ensemble"),
+        "students": of_kind(models, "student", "exported"),
         "sets": test_sets(findings, answers, pictures, shown),
         "charts": training_charts(models),
         "copies": copies(findings["audit"], known),
         "doubts": doubtful_labels(findings["doubtful"], known),
     }
     environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
-    environment.filters.update(what=what, listed=listed)
+    environment.filters["what"] = what
     text = environment.get_template("report.html.jinja").render(page)
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # not all names are UTF-8
+
+
+def of_kind(models, *kinds):
+    """The names of the models of some kinds."""
+    return [name for name, model in models.items() if model["kind"] in kinds]
 
 
 def what(model):
@@ -70,28 +73,20 @@ def what(model):
     return model["kind"]
 
 
-def listed(words):
-    """Words as in a sentence: a, b and c."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def shown_model(models, baseline):
     """The name of the model that the page is about: the distilled student as it goes to the line.
 
-    The first exported file, else the first student, else the first of the others; in float32 rather
-    than int8. The baseline and files of its weights come last, and other stand-alone students after
-    distilled ones: nobody ships these.
+    The first exported file, else student, else any; distilled before stand-alone, float32 before
+    int8. The baseline and files of its weights come last: nobody ships these.
     """
     theirs = weights_of(models[baseline]) if baseline else None
-    alone = [model for model in models.values() if what(model) == "stand-alone student"]
-    weights_alone = [weights_of(model) for model in alone]
+    alone = [weights_of(m) for m in models.values() if what(m) == "stand-alone student"]
 
     def rank(name):
         weights = weights_of(models[name])
         of_baseline = weights is not None and weights == theirs
         kind = {"exported": 0, "student": 1}.get(models[name]["kind"], 2)
-        return name == baseline, of_baseline, kind, weights in weights_alone, ".int8" in name
+        return name == baseline, of_baseline, kind, weights in alone, ".int8" in name
 
     return min(models, key=rank)
 
@@ -104,13 +99,12 @@ def weights_of(model):
 def answer(models, baseline, shown):
     """What the first paragraph is about: `name`, compared with the baseline, and the `best` model.
 
-    Compared is the shown file's own checkpoint, where it was measured: it and the baseline ran in
-    one precision. `verdict` is None where there is nothing to compare.
+    A checkpoint stands for its exported file: it ran as the baseline did. `verdict` may be None.
     """
-    weights, name, verdict = weights_of(models[shown]), shown, None
-    for other, model in models.items():
-        if shown != baseline and model["kind"] == "student" and weights_of(model) == weights:
-            name = other
+    name, verdict = shown, None
+    for student in of_kind(models, "student"):
+        if shown != baseline and weights_of(models[student]) == weights_of(models[shown]):
+            name = student
     if baseline and name != baseline:
         low, high = models[name]["minus_baseline"]["interval"]
         verdict = "better than" if low > 0 else "not told apart from"
@@ -186,7 +180,7 @@ def operating_curve(scores, defective, point):
     scores: float [N], 1 - p(good); defective: bool [N].
     """
     found = []
-    for threshold in np.quantile(scores, np.linspace(0, 1, THRESHOLDS)):
+    for threshold in np.quantile(scores, np.linspace(0, 1, 200)):
         rejected = scores >= threshold
         found.append((rejected[~defective].mean(), 1 - rejected[defective].mean()))
     ((goal, target),) = point["target"].items()
@@ -218,12 +212,12 @@ def mistakes(pictures, probabilities, explain):
 def training_charts(models):
     """What log.csv says beside each checkpoint; [] without one."""
     accuracy, loss = {}, {}
-    for name, model in models.items():
+    for name in of_kind(models, "teacher", "student"):
         log = Path(name).with_name("log.csv")
-        if model["kind"] in ("teacher", "student") and log.is_file():
+        if log.is_file():
             for row in csv.DictReader(log.read_text(encoding="utf-8").splitlines()):
-                steps, value = int(row["steps"]), float(row["val_balanced_accuracy"])
-                accuracy.setdefault(name, []).append((steps, value))
+                steps, reached = int(row["steps"]), float(row["val_balanced_accuracy"])
+                accuracy.setdefault(name, []).append((steps, reached))
                 loss.setdefault(name, []).append((steps, float(row["loss"])))
     if not loss:
         return []
@@ -278,8 +272,7 @@ def address(image):
 def chart(title, names, lines, highest=(1, 1), mark=None):
     """A line chart as the template draws it: everything in px of BOX.
 
-    names: of the x and the y axis, which reach from 0 to `highest`; lines: {name: [(x, y)]}; mark:
-    (x, y) of a dot.
+    names: of the axes, from 0 to `highest`; lines: {name: [(x, y)]}; mark: (x, y) of a dot.
     """
     x_highest, y_highest = (float(value) or 1.0 for value in highest)
 

@@ -18,6 +18,8 @@ from common.folders import data_folder
 from common.images import list_pictures
 from common.pictures import Pictures
 
+TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
+
 
 def class_folders(folder):
     """Sorted names of the class folders of a labelled set.
@@ -191,12 +193,13 @@ def hold_out(labels, groups, share, seed):
 
 
 def open_tests(cache, folders, record):
-    """{name: Pictures} of test folders; a name is the folder's, or its path where names collide.
+    """{name: Pictures} of test folders, named as the folder, or by its path where names collide.
 
     record: a data record with classes. Raises UserError as `open_labelled` does, and for a folder
     with other classes.
     """
     names = [Path(folder).name for folder in folders]
+    taken = {name for name in names if names.count(name) > 1} | set(TRAINING_SETS)
     sets = {}
     for folder, name in zip(folders, names):
         classes, pictures = open_labelled(cache, folder, record)
@@ -206,8 +209,8 @@ def open_tests(cache, folders, record):
             f"{folder} against the models",
             "a test set needs one folder for each class the models know",
         )
-        key = name if names.count(name) == 1 else Path(folder).as_posix()
-        sets[key] = pictures
+        path = Path(folder).resolve() if str(folder) == name else Path(folder)
+        sets[path.as_posix() if name in taken else name] = pictures
     return sets
 
 

@@ -70,7 +70,8 @@ def write_predictions(answers, pictures, classes, path):
     answers: {(model, set): float [N, K]}; pictures: {set: Pictures}.
     """
     head = ["model", "set", "path", "label", "prediction", *(f"p_{name}" for name in classes)]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # of odd file names
+    with atomic_path(path) as temporary, open(temporary, "w", **text) as file:
         writer = csv.writer(file)
         writer.writerow([cell(word) for word in head])
         for (model, set_name), probabilities in answers.items():

@@ -168,13 +168,15 @@ def test_neighbours_outvote_a_wrong_label_but_not_a_rare_class():
     assert {(doubt["row"], doubt["suggested"]) for doubt in found} == {(5, 0), (50, 1)}
 
 
-def test_the_pool_is_audited_with_the_test_sets(inside, tmp_path, capfd):
+def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd):
     copy = inside.data / "unlabelled" / "z_copy.png"
     copy.write_bytes((inside.data / "test" / "level" / "l000.png").read_bytes())
     try:  # the training pictures are as they were, so only the pool has changed
-        words = ("runs/ensemble", "--output", tmp_path / "r")
-        assert call(evaluate.main, *words, *CPU) == 0
+        words = ("--test-dirs", "parts/test", "parts/train", "--output", tmp_path / "r")
+        assert call(evaluate.main, "runs/ensemble", *words, *CPU) == 0
     finally:
         copy.unlink()
-    line = "1 of 60 pictures of test are byte for byte in unlabelled"
-    assert line in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "1 of 60 pictures of test are byte for byte in unlabelled" in printed
+    # A test set of that name does not take the place of the training pictures.
+    assert "57 of 72 pictures of parts/train are byte for byte in train" in printed

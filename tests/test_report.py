@@ -66,7 +66,7 @@ def test_numbers_on_the_page_are_those_of_metrics_json(page, metrics):
         accuracy = 100 * model["sets"]["test"]["accuracy"]
         assert f" {100 * model['mean_accuracy']:.1f} " in row
         assert f" {accuracy:.1f} [{100 * low:.1f} to {100 * high:.1f}] " in row
-        assert row.endswith(f"{model['latency_ms']:.1f} cpu")
+        assert f" {model['latency_ms']:.1f} cpu" in row
 
 
 def test_the_answer_is_about_the_distilled_student_and_the_file_for_the_line(page, metrics):
