@@ -1,99 +1,139 @@
-"""Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real sets, several seeds.
+"""Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real pictures.
 
-    python tests/benchmarks/accuracy.py --data ../data --weights ../weights            # all sets, 3 seeds; 10 hours on two cores
-    python tests/benchmarks/accuracy.py --data ../data --weights ../weights --sets neu_cls_10 --seeds 0
-    python tests/benchmarks/accuracy.py --table                                        # from the CSV alone
+    python tests/benchmarks/accuracy.py --data DIR --weights DIR     # 6 sets, 3 seeds: 10 hours
+    python tests/benchmarks/accuracy.py --data DIR --weights DIR --sets neu_cls_10 --seeds 0
+    python tests/benchmarks/accuracy.py --table                      # from the CSV alone, 5 s
 
-Runs the five scripts as a user would, in runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and
-seed whose rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled pictures, initialisation,
-order and views. Of each class, `labelled` pictures train and half as many (at least 4) validate; with a pool, the other training
-pictures lose their labels.
+A set and seed take 21 to 32 minutes on two cores, mvtec_screw 68. Runs the scripts as a user would,
+in runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and seed whose
+rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled pictures,
+initialisation, order and views. Of each class, `labelled` pictures train and half as many (at least
+4) validate; with a pool, the other training pictures lose their labels.
 
-    data/<folder>/{train,test}/<class>/*          the sets below; elpv comes from `pip install elpv-dataset`, embedded is drawn
-    weights/<timm name>.safetensors               of the pretrained teachers
+    data/<folder>/{train,test}/<class>/*   the sets below; elpv is written from the package
+                                           elpv-dataset, the embedded set is drawn
+    weights/<timm name>.safetensors        of the two pretrained teachers
 
-Students start from scratch: no pretrained ResNet18 is at hand. All have the same steps, augmentation and rule of selection.
+Students start from scratch. All have the same steps, augmentation and rule of selection.
 """
 
-import argparse
-import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bench import (
+    ROOT,
+    append_rows,
+    combined_interval,
+    count_files,
+    link,
+    mean_of_independent,
+    print_table,
+    read_rows,
+    run_stages,
+    with_interval,
+    with_sd,
+)
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from common.data import EMBEDDED, data_folder  # noqa: E402
-from default_chain import combined_interval, with_spread  # noqa: E402
+from common import cli
+from common.errors import UserError
+from common.folders import EMBEDDED, data_folder
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
-FIELDS = ("set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
-          "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds", "code")  # code: the commit when the row was written
 BATCH = 24
+FIELDS = (
+    "set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
+    "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds",
+    "code",  # the commit when the row was written
+)
+
+# Models of the CSV. Rows of distilled_mixup are a record of an earlier recipe that is gone: seven
+# in ten labelled pictures were blended with another one, and the teachers' logits of the blend
+# cached (mixup). Their int8 file is the row int8 of mvtec_screw.
+LABELLED_ONLY = ("distilled", "distilled_mixup")  # students that saw no unlabelled picture
+STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One set as it is used here. labelled: pictures per class, 0 for all; side: px; steps: of every CNN, students included."""
+    """One set as it is used here.
+
+    labelled: pictures per class, 0 for all; side: px, a multiple of the transformer's 14; steps: of
+    every CNN, students included; group: regular expression, pictures of one part or photo stay on
+    one side of train and val; views: changes of the view recipe, chosen on training pictures;
+    flags: of train_teacher.py and distill.py alike.
+    """
 
     folder: str
     labelled: int
     pool: bool
-    side: int  # a multiple of the transformer's 14 px
+    side: int
     steps: int
     transformer_steps: int
-    group: str = ""  # regular expression: pictures of one part or photo stay on one side of train and val
-    views: tuple = ()  # changes of the view recipe, for all models of the set; chosen on training pictures (levers.py)
-    flags: tuple = ()  # of train_teacher.py and distill.py alike
+    group: str = ""
+    views: tuple = ()
+    flags: tuple = ()
 
 
+CROPS = ("zoom_min=0.5",)
 TASKS = {
-    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150, views=("zoom_min=0.5",)),
-    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150, views=("zoom_min=0.5",)),
-    "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, r"^(\d+)_"),
-    "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # good or defective solar cells, 300 labels with those of val
-    "embedded": Task("embedded", 0, True, 70, 800, 150),  # with pretrained teachers, other than in the README's first table
-    "mvtec_screw": Task("mvtec_screw", 0, False, 168, 400, 150, views=("rotate=180",), flags=("--balance-classes",)),
+    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150, views=CROPS),
+    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150, views=CROPS),
+    "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, group=r"^(\d+)_"),
+    "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # solar cells, good or defective
+    "embedded": Task("embedded", 0, True, 70, 800, 150),
+    "mvtec_screw": Task(
+        "mvtec_screw", 0, False, 168, 400, 150, views=("rotate=180",), flags=("--balance-classes",)
+    ),
 }
 
 
+# ------------------------------------------------------------------------------------ pictures
+
+
 def lay_out(task, source, home, seed):
-    """Links (or copies) of the set's pictures as an ImageFolder of its own; returns the data folder."""
+    """Links (or copies) of the set's pictures as an ImageFolder of its own; returns the folder."""
     folder = home / "data"
     if (folder / "done").is_file():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     rng = np.random.default_rng(seed)
+
+    # Labelled training pictures: the first of each class in a random order.
     rest, trained = {}, set()
-    for class_folder in sorted(p for p in (source / "train").iterdir() if p.is_dir()):
+    for class_folder in sorted(path for path in (source / "train").iterdir() if path.is_dir()):
+        name = class_folder.name
         files = sorted(class_folder.iterdir())
         files = [files[i] for i in rng.permutation(len(files))]
         n = task.labelled or round(0.8 * len(files))
         for file in files[:n]:
-            link(file, folder / "train" / class_folder.name / file.name)
+            link(file, folder / "train" / name / file.name)
             trained.add(group_of(task, file))
-        rest[class_folder.name] = files[n:]
+        rest[name] = files[n:]
+
+    # Validation pictures: the next ones that share no group with these.
     held = set()
     for name, files in rest.items():
         val = [file for file in files if group_of(task, file) not in trained]
-        for file in val[:max(4, task.labelled // 2)] if task.labelled else val:
+        if task.labelled:
+            val = val[: max(4, task.labelled // 2)]
+        for file in val:
             link(file, folder / "val" / name / file.name)
             held.add(group_of(task, file))
-    for name, files in rest.items() if task.pool else []:
+
+    # The pool: what is left, without labels.
+    for name, files in rest.items():
         for file in files:
-            if group_of(task, file) not in held:
+            if task.pool and group_of(task, file) not in held:
                 link(file, folder / "unlabelled" / f"{name}_{file.name}")
+
     for file in sorted((source / "test").rglob("*")):
         if file.is_file():
             link(file, folder / file.relative_to(source))
@@ -101,233 +141,335 @@ def lay_out(task, source, home, seed):
     return folder
 
 
-def source_of(task, args, home):
-    """The set's own ImageFolder: a folder of --data, or solar cells written out, 30 % of each class for testing."""
-    folder = home / "source"
+def source_of(task, data, home):
+    """The set's own ImageFolder: a folder of `data`, or the solar cells written out below home."""
     if task.folder != "elpv":
-        return Path(args.data) / task.folder
+        return data / task.folder
+    folder = home / "source"
     if not (folder / "done").is_file():
-        from elpv_dataset.utils import load_dataset
-        pictures, defect_probabilities, _ = load_dataset()
-        rng = np.random.default_rng(0)  # whatever the seed: levers.py must never look at a test picture
-        for name, rows in (("good", np.flatnonzero(defect_probabilities < 0.5)), ("defective", np.flatnonzero(defect_probabilities >= 0.5))):
-            for place, row in enumerate(rng.permutation(rows)):
-                target = folder / ("test" if place < 0.3 * len(rows) else "train") / name / f"{row:04d}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pictures[row]).save(target)
+        write_solar_cells(folder)
         (folder / "done").touch()
     return folder
 
 
+def write_solar_cells(folder):
+    """The pictures of the package elpv-dataset, 30 % of each class for testing.
+
+    The split does not depend on a seed: ablations.py must never look at a test picture.
+    """
+    try:
+        from elpv_dataset.utils import load_dataset
+    except ImportError:
+        raise UserError("elpv_100 needs the package elpv-dataset; install it") from None
+    pictures, defect_probabilities, _ = load_dataset()
+    good = defect_probabilities < 0.5
+    rng = np.random.default_rng(0)
+    for name, chosen in (("good", good), ("defective", ~good)):
+        rows = rng.permutation(np.flatnonzero(chosen))
+        for place, row in enumerate(rows):
+            split = "test" if place < 0.3 * len(rows) else "train"
+            target = folder / split / name / f"{row:04d}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures[row]).save(target)
+
+
 def group_of(task, file):
-    """What may not stand in both train and val: the first match group of task.group in the file's name, or the file."""
+    """What may not stand in both train and val: the first match group in the name, or the file."""
     match = re.search(task.group, file.name) if task.group else None
     return match.group(1) if match else file
 
 
-def link(source, target):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # an earlier start that was interrupted
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copyfile(source, target)
+# ------------------------------------------------------------------------------------- running
+
+
+def epochs_for(steps, pictures):
+    """As many passes as come nearest to the steps."""
+    return max(1, round(steps / -(-pictures // BATCH)))
 
 
 def stages(task, data, home, weights, seed):
     """(name, command words) of one set and seed, in order."""
-    labelled = sum(1 for p in (data / "train").rglob("*") if p.is_file())
-    pooled = labelled + sum(1 for p in (data / "unlabelled").rglob("*") if p.is_file())
-
-    def epochs(pictures, steps=task.steps):  # as many passes as come nearest to the steps
-        return max(1, round(steps / -(-pictures // BATCH)))
-
-    rest = ["--seed", seed, "--overwrite"]
-    pictures = ["--data-dir", data, "--view-size", task.side, *(["--view-recipe", *task.views] if task.views else [])]
+    labelled = count_files(data / "train")
+    pooled = labelled + count_files(data / "unlabelled")
+    passes = epochs_for(task.steps, labelled)
+    transformer_passes = epochs_for(task.transformer_steps, labelled)
     teachers = [home / name / "best.pt" for name in TEACHERS]
+    rest = ["--seed", seed, "--overwrite"]
+
+    pictures = ["--data-dir", data, "--view-size", task.side]
+    if task.views:
+        pictures += ["--view-recipe", *task.views]
+    teach = ["train_teacher.py", *pictures, "--output", home, *task.flags, *rest]
     files = [weights / f"{name}.safetensors" for name in TEACHERS]
-    yield "teachers", ["train_teacher.py", *pictures, "--model", *TEACHERS, "--weights", *files,
-                       "--epochs", epochs(labelled, task.transformer_steps), epochs(labelled), "--output", home, *task.flags, *rest]
-    yield "extra_cnn", ["train_teacher.py", *pictures, "--model", EXTRA_CNN, "--epochs", epochs(labelled), "--output", home, *task.flags, *rest]
-    yield "ensemble", ["build_ensemble.py", *teachers, "--unlabelled", "none", "--output", home / "ensemble", *rest]
-    yield "alone", ["distill.py", home / "ensemble", "--alpha", 0, "--epochs", epochs(labelled), "--output", home / "alone", *task.flags, *rest]
-    yield "distilled", ["distill.py", home / "ensemble", "--epochs", epochs(labelled), "--output", home / "distilled", *task.flags, *rest]
+    pretrained = ["--model", *TEACHERS, "--weights", *files]
+    yield "teachers", [*teach, *pretrained, "--epochs", transformer_passes, passes]
+    yield "extra_cnn", [*teach, "--model", EXTRA_CNN, "--epochs", passes]
+
+    # Students, and what they learn from.
+    def build(folder, *more):
+        return ["build_ensemble.py", *teachers, *more, "--output", home / folder, *rest]
+
+    def distil(ensemble, student, epochs, *more):
+        words = ["distill.py", home / ensemble, "--epochs", epochs, "--output", home / student]
+        return [*words, *more, *task.flags, *rest]
+
+    yield "ensemble", build("ensemble", "--unlabelled", "none")
+    yield "alone", distil("ensemble", "alone", passes, "--alpha", 0)
+    yield "distilled", distil("ensemble", "distilled", passes)
     students = ["alone", "distilled"]
     if task.pool:
-        yield "ensemble_pool", ["build_ensemble.py", *teachers, "--output", home / "ensemble_pool", *rest]
-        yield "distilled_pool", ["distill.py", home / "ensemble_pool", "--epochs", epochs(pooled), "--output", home / "distilled_pool", *task.flags, *rest]
+        yield "ensemble_pool", build("ensemble_pool")
+        passes_of_pool = epochs_for(task.steps, pooled)
+        yield "distilled_pool", distil("ensemble_pool", "distilled_pool", passes_of_pool)
         students.append("distilled_pool")
-    best = home / students[-1] / "student.int8.ts"
-    yield "evaluate", ["evaluate.py", *teachers, home / EXTRA_CNN / "best.pt", home / "ensemble",
-                       *(home / name / "best.pt" for name in students), *([best] if best.is_file() else []),
-                       "--data-dir", data, "--baseline", home / "alone" / "best.pt", "--output", home / "report"]
+
+    models = [*teachers, home / EXTRA_CNN / "best.pt", home / "ensemble"]
+    models += [home / name / "best.pt" for name in students]
+    int8 = home / students[-1] / "student.int8.ts"
+    if int8.is_file():  # it may have lost too much to be written
+        models.append(int8)
+    compare = ["--baseline", home / "alone" / "best.pt", "--output", home / "report"]
+    yield "evaluate", ["evaluate.py", *models, "--data-dir", data, *compare]
 
 
-def run(task, name, seed, args):
+def run(name, seed, args):
     """Run what is missing of one set and seed, then append its rows to the CSV."""
-    home = Path(args.output) / name / f"seed_{seed}"
-    data = data_folder(EMBEDDED) if task.folder == "embedded" else lay_out(task, source_of(task, args, home), home, seed)
-    log = home / "seconds.json"
-    seconds = json.loads(log.read_text()) if log.is_file() else {}
-    for stage, words in stages(task, data, home, Path(args.weights), seed):
-        if stage in seconds:
-            continue
-        print(f"== {name} seed {seed}: {stage}", flush=True)
-        start = time.perf_counter()
-        call(*words)
-        seconds[stage] = round(time.perf_counter() - start, 1)
-        log.write_text(json.dumps(seconds))
-    append(args.csv, FIELDS, results(name, seed, home, seconds))
-
-
-def call(script, *words):
-    """One of the scripts, as a user would call it."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
+    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
+    if task.folder == "embedded":
+        data = data_folder(EMBEDDED)
+    else:
+        data = lay_out(task, source_of(task, args.data, home), home, seed)
+    seconds = run_stages(stages(task, data, home, args.weights, seed), home)
+    append_rows(args.csv, FIELDS, results(name, seed, home, seconds))
 
 
 def results(name, seed, home, seconds):
     """One row per model and test set from the report."""
     report = json.loads((home / "report" / "metrics.json").read_text())
-    code = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for model, result in report["models"].items():
-        part = Path(model).parent.name if model.endswith("best.pt") else Path(model).name
-        part = "int8" if part.endswith(".ts") else part
-        trained = read(Path(model).parent / "log.csv")[-1] if model.endswith("best.pt") else {"steps": "", "seconds": seconds.get(part, "")}
+        path = Path(model)
+        part = "int8" if path.suffix == ".ts" else path.name
+        steps, taken = "", seconds.get(part, "")
+        if path.name == "best.pt":
+            part = path.parent.name
+            last = read_rows(path.parent / "log.csv")[-1]
+            steps, taken = last["steps"], last["seconds"]
         for test_set, s in result["sets"].items():
             difference = s["minus_baseline"]
-            yield (name, seed, part, test_set, s["n"], *(round(s[key], 5) for key in ("accuracy", "balanced_accuracy", "nll", "ece")),
-                   *(round(v, 5) for v in (difference["difference"], *difference["interval"])), trained["steps"], trained["seconds"], code)
+            scores = [s[key] for key in ("accuracy", "balanced_accuracy", "nll", "ece")]
+            scores += [difference["difference"], *difference["interval"]]
+            rounded = [round(value, 5) for value in scores]
+            yield [name, seed, part, test_set, s["n"], *rounded, steps, taken, code]
 
 
-def append(path, fields, rows):
-    """Add rows to a CSV file, which begins with the fields' names."""
-    new = not Path(path).is_file()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([*[fields] * new, *rows])
+# -------------------------------------------------------------------------------------- tables
+
+
+def select(rows, **wanted):
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def values_of(rows, key):
+    """The different values of a column, in the order of their first rows."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def balanced_accuracies(rows):
+    """In %, one per seed: the mean over its test sets."""
+    means = []
+    for seed in sorted(values_of(rows, "seed")):
+        scores = [100 * float(row["balanced_accuracy"]) for row in select(rows, seed=seed)]
+        means.append(np.mean(scores))
+    return means
+
+
+def minus_alone(rows):
+    """(accuracy minus the stand-alone student's in points, half width of its 95 % interval).
+
+    rows: of one model and set, over its seeds and test sets.
+    """
+    of_seeds = []
+    for seed in sorted(values_of(rows, "seed")):
+        parts = []
+        for row in select(rows, seed=seed):
+            width = float(row["minus_alone_high"]) - float(row["minus_alone_low"])
+            parts.append([100 * float(row["minus_alone"]), 100 * width / 2])
+        value, half = mean_of_independent(parts)
+        of_seeds.append({"difference": value, "interval": (value - half, value + half)})
+    return combined_interval(of_seeds)
+
+
+def print_set(rows, name):
+    """One set: balanced accuracy, the difference to the stand-alone ResNet18, and the time."""
+    rows = select(rows, set=name)
+    seeds, steps = values_of(rows, "seed"), select(rows, model="alone")[0]["steps"]
+    print(f"\n{name}: seeds {', '.join(seeds)}, {rows[0]['n']} test pictures, {steps} steps\n")
+    alone = np.mean(balanced_accuracies(select(rows, model="alone")))
+    lines = []
+    for model in values_of(rows, "model"):
+        of_model = select(rows, model=model)
+        accuracies = balanced_accuracies(of_model)
+        taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
+        difference, removed = "", ""
+        if model != "alone":
+            difference = with_interval(*minus_alone(of_model))
+            if alone < 100:
+                removed = f"{100 * (np.mean(accuracies) - alone) / (100 - alone):.0f}"
+        seconds = f"{np.mean(taken):.0f}" if taken else ""
+        lines.append([model, with_sd(accuracies), difference, removed, seconds])
+    print_table([
+        "model", "balanced accuracy, % (sd)", "accuracy minus alone, points",
+        "alone's errors removed, %", "seconds",
+    ], lines)
+
+
+def print_models(rows):
+    """Balanced accuracy of each model on each set, and its mean over the same sets for all.
+
+    These are the sets with all models, but for the two of LABELLED_ONLY: a set may have either.
+    """
+    sets, models = values_of(rows, "set"), values_of(rows, "model")
+    found = {}
+    for model in models:
+        for name in sets:
+            found[model, name] = balanced_accuracies(select(rows, set=name, model=model))
+    compared = [model for model in models if model not in LABELLED_ONLY]
+    common = [name for name in sets if all(found[model, name] for model in compared)]
+
+    lines = []
+    for model in models:
+        cells = [with_sd(found[model, name]) if found[model, name] else "" for name in sets]
+        means = [np.mean(found[model, name]) for name in common if found[model, name]]
+        complete = common and len(means) == len(common)
+        lines.append([model, *cells, f"{np.mean(means):.1f}" if complete else ""])
+    print("\nbalanced accuracy in %, over seeds: mean (sd)\n")
+    print_table(["model", *sets, f"mean of {len(common)}"], lines)
+
+
+def minus(model, other):
+    """For FIGURES: points between two models."""
+    return lambda m: (m[model] - m[other], 100)
+
+
+def errors_removed(model):
+    """For FIGURES: what a student gains, as a share of the stand-alone one's errors."""
+    return lambda m: (m[model] - m["alone"], 100 - m["alone"])
+
+
+def best_student(m):
+    """The score of the student that was taught with the most pictures."""
+    names = ("distilled_pool", "distilled", "distilled_mixup")
+    return next(m[name] for name in names if name in m)
+
+
+# {title: function of `balanced` -> (a difference, the whole that it is a share of)}
+FIGURES = {
+    "distilled_pool minus alone": minus("distilled_pool", "alone"),
+    "distilled minus alone": minus("distilled", "alone"),
+    "distilled_mixup minus alone": minus("distilled_mixup", "alone"),
+    "alone's errors removed by distilled_pool, %": errors_removed("distilled_pool"),
+    "alone's errors removed by distilled, %": errors_removed("distilled"),
+    "alone's errors removed by distilled_mixup, %": errors_removed("distilled_mixup"),
+    "student minus the best CNN without a teacher": lambda m: (
+        best_student(m) - max(m[name] for name in STAND_ALONE_CNNS), 100
+    ),
+    "ensemble minus distilled_pool": minus("ensemble", "distilled_pool"),
+    "ensemble minus distilled": minus("ensemble", "distilled"),
+    "ensemble minus distilled_mixup": minus("ensemble", "distilled_mixup"),
+    "ensemble minus its best teacher": lambda m: (
+        m["ensemble"] - max(m[name] for name in TEACHERS), 100
+    ),
+    "alone's drop on test_shifted minus distilled_pool's": minus(
+        "drop alone", "drop distilled_pool"
+    ),
+}
+
+
+def balanced(rows):
+    """{model: balanced accuracy in %, mean over test sets} of one set and seed.
+
+    Where there is test_shifted, 'drop <model>' is what it costs the model.
+    """
+    scores = {}
+    for row in rows:
+        of_model = scores.setdefault(row["model"], {})
+        of_model[row["test_set"]] = 100 * float(row["balanced_accuracy"])
+    found = {model: np.mean(list(of_model.values())) for model, of_model in scores.items()}
+    for model, of_model in scores.items():
+        if "test_shifted" in of_model:
+            found[f"drop {model}"] = of_model["test"] - of_model["test_shifted"]
+    return found
+
+
+def print_figures(rows):
+    """Differences of balanced accuracy per set, over seeds, and over all sets that have them."""
+    sets = values_of(rows, "set")
+    lines = []
+    for title, formula in FIGURES.items():
+        cells, of_sets = [], []
+        for name in sets:
+            pairs = []  # of each seed: (difference, whole)
+            for seed in sorted(values_of(select(rows, set=name), "seed")):
+                with suppress(KeyError):  # the set has no pool, or no test_shifted
+                    pairs.append(formula(balanced(select(rows, set=name, seed=seed))))
+            shares = [100 * part / whole for part, whole in pairs if whole]
+            cells.append(with_sd(shares, "+") if shares else "")
+            if pairs:
+                of_sets.append(np.mean(pairs, axis=0))
+        if of_sets:
+            part, whole = np.sum(of_sets, axis=0)
+            lines.append([title, *cells, f"{100 * part / whole:+.1f}"])
+    print("\nbalanced accuracy in points, or % of errors, over seeds: mean (sd)\n")
+    print_table(["", *sets, "all sets"], lines)
+
+
+def print_means(rows):
+    """The mean over sets of each student's difference to the stand-alone one, with its interval."""
+    print()
+    for model in ("distilled_pool", *LABELLED_ONLY):
+        of_model = select(rows, model=model)
+        sets = values_of(of_model, "set")
+        differences = [minus_alone(select(of_model, set=name)) for name in sets]
+        if differences:
+            mean = with_interval(*mean_of_independent(differences))
+            print(f"{model} minus alone, accuracy, mean over {len(sets)} sets: {mean} points")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="folder that holds the sets' folders")
-    p.add_argument("--weights", help="folder with the teachers' weight files")
-    p.add_argument("--sets", nargs="+", default=list(TASKS), metavar="NAME", help="which (default: %(default)s)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--output", default="runs/accuracy")
-    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")), help="results are appended here")
-    p.add_argument("--table", action="store_true", help="print the table of the CSV, and end")
+    p = cli.parser(__doc__)
+    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
+    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
+    p.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="NAME",
+                   help="which sets to run")
+    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--output", default="runs/accuracy", help="folder for the runs")
+    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")),
+                   help="results are appended here")
+    p.add_argument("--table", action="store_true", help="print the tables of the CSV, and end")
     args = p.parse_args()
     if not args.table:
         if not (args.data and args.weights):
             p.error("--data and --weights are needed to run anything")
         for seed in args.seeds:  # one seed of every set before the next
             for name in args.sets:
-                if (name, str(seed)) not in {(row["set"], row["seed"]) for row in read(args.csv)}:
-                    run(TASKS[name], name, seed, args)
-    rows = read(args.csv)
-    print_table(rows)
+                if not select(read_rows(args.csv), set=name, seed=str(seed)):
+                    run(name, seed, args)
+
+    rows = read_rows(args.csv)
+    for name in values_of(rows, "set"):
+        print_set(rows, name)
     print_models(rows)
     print_figures(rows)
-
-
-def read(path):
-    return list(csv.DictReader(open(path, newline="", encoding="utf-8"))) if Path(path).is_file() else []
-
-
-def balanced_accuracies(rows):
-    """In %, one per seed, the mean over its test sets."""
-    return [np.mean([100 * float(row["balanced_accuracy"]) for row in rows if row["seed"] == seed]) for seed in sorted({row["seed"] for row in rows})]
-
-
-def minus_alone(rows):
-    """(accuracy minus the stand-alone student's in points, half of its 95 % interval) over the seeds and test sets of one model and set."""
-    of_seeds = []
-    for seed in sorted({row["seed"] for row in rows}):
-        value, half = mean_of([[100 * float(row["minus_alone"]), 50 * (float(row["minus_alone_high"]) - float(row["minus_alone_low"]))]
-                               for row in rows if row["seed"] == seed])
-        of_seeds.append({"difference": value, "interval": (value - half, value + half)})
-    return combined_interval(of_seeds)
-
-
-def mean_of(parts):
-    """The mean of independent (value, half interval), as such a pair."""
-    values, halves = np.transpose(parts)
-    return values.mean(), (halves**2).sum() ** 0.5 / len(halves)
-
-
-def print_table(rows):
-    """Balanced accuracy per set and model over seeds, the difference to the stand-alone ResNet18, and its errors removed."""
-    for name in dict.fromkeys(row["set"] for row in rows):
-        of_set = [row for row in rows if row["set"] == name]
-        seeds = sorted({row["seed"] for row in of_set})
-        print(f"\n{name}: seeds {', '.join(seeds)}, {of_set[0]['n']} test pictures, {next(r['steps'] for r in of_set if r['model'] == 'alone')} steps\n")
-        print("| model | balanced accuracy, % | accuracy minus stand-alone, points | stand-alone's errors removed, % | seconds |\n|---|---|---|---|---|")
-        alone = np.mean(balanced_accuracies([row for row in of_set if row["model"] == "alone"]))
-        for model in dict.fromkeys(row["model"] for row in of_set):
-            of_model = [row for row in of_set if row["model"] == model]
-            values = balanced_accuracies(of_model)
-            value, half = minus_alone(of_model)
-            time_taken = [float(row["seconds"]) for row in of_model if row["seconds"]]
-            removed = f"{100 * (np.mean(values) - alone) / (100 - alone):.0f}" if alone < 100 else ""
-            columns = ["", ""] if model == "alone" else [f"{value:+.1f} ± {half:.1f}", removed]
-            print(f"| {model} | {with_spread(values)} | {' | '.join(columns)} | {f'{np.mean(time_taken):.0f}' if time_taken else ''} |")
-
-
-def print_models(rows):
-    """Balanced accuracy of each model on each set, over seeds, and its mean over the sets that have all models, so that means compare."""
-    sets, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("set", "model"))
-    values = {(model, name): balanced_accuracies([row for row in rows if (row["set"], row["model"]) == (name, model)]) for model in models for name in sets}
-    common = [name for name in sets if all(values[model, name] for model in models)]
-    print(f"\n| balanced accuracy, % | {' | '.join(sets)} | mean of {len(common)} |\n|---|{'---|' * (len(sets) + 1)}")
-    for model in models:
-        mean = f"{np.mean([np.mean(values[model, name]) for name in common]):.1f}" if common else ""
-        print(f"| {model} | {' | '.join(with_spread(values[model, name]) if values[model, name] else '' for name in sets)} | {mean} |")
-
-
-STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
-FIGURES = {  # of m, model -> balanced accuracy in % of one set and seed, mean over its test sets: (a difference, the whole it is a share of)
-    "distilled (labelled only) minus stand-alone": lambda m: (m["distilled"] - m["alone"], 100),
-    "distilled (with the pool) minus stand-alone": lambda m: (m["distilled_pool"] - m["alone"], 100),
-    "stand-alone's errors removed (labelled only), %": lambda m: (m["distilled"] - m["alone"], 100 - m["alone"]),
-    "stand-alone's errors removed (with the pool), %": lambda m: (m["distilled_pool"] - m["alone"], 100 - m["alone"]),
-    "distilled minus the best stand-alone CNN": lambda m: (m.get("distilled_pool", m["distilled"]) - max(m[name] for name in STAND_ALONE_CNNS), 100),
-    "ensemble minus distilled (labelled only)": lambda m: (m["ensemble"] - m["distilled"], 100),
-    "ensemble minus distilled (with the pool)": lambda m: (m["ensemble"] - m["distilled_pool"], 100),
-    "ensemble minus its best teacher": lambda m: (m["ensemble"] - max(m[name] for name in TEACHERS), 100),
-    "stand-alone's drop on test_shifted minus the distilled one's": lambda m: (m["drop alone"] - m["drop distilled_pool"], 100),
-}
-
-
-def print_figures(rows):
-    """What the project is judged by: points of balanced accuracy per set, with their standard deviation over seeds, and over all sets that have the models."""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    print(f"\n| balanced accuracy, points | {' | '.join(sets)} | mean |\n|---|{'---|' * (len(sets) + 1)}")
-    for figure, formula in FIGURES.items():
-        found = []
-        for name in sets:
-            found.append([])
-            for seed in sorted({row["seed"] for row in rows if row["set"] == name}):
-                try:
-                    found[-1].append(formula(balanced([row for row in rows if (row["set"], row["seed"]) == (name, seed)])))
-                except KeyError:  # a set without a pool, or without test_shifted
-                    continue
-        cells = [with_spread([100 * part / whole for part, whole in pairs if whole], "+") if any(whole for _, whole in pairs) else "" for pairs in found]
-        parts, wholes = np.sum([np.mean(pairs, axis=0) for pairs in found if pairs] or [[0, 0]], axis=0)
-        print(f"| {figure} | {' | '.join(cells)} | {f'{100 * parts / wholes:+.1f}' if wholes else ''} |")
-    for model in ("distilled", "distilled_pool"):
-        differences = [minus_alone(of_set) for name in sets if (of_set := [row for row in rows if (row["set"], row["model"]) == (name, model)])]
-        if differences:
-            value, half = mean_of(differences)
-            print(f"\n{model} minus stand-alone, accuracy, mean over {len(differences)} sets: {value:+.1f} ± {half:.1f} points (95 %, over pictures and, where "
-                  "there are several, seeds; the sets taken as independent)")
-
-
-def balanced(rows):
-    """model -> balanced accuracy in %, mean over test sets; 'drop <model>' -> what test_shifted costs it, where there is one."""
-    by_set = {(row["model"], row["test_set"]): 100 * float(row["balanced_accuracy"]) for row in rows}
-    m = {model: np.mean([value for (its, _), value in by_set.items() if its == model]) for model, _ in by_set}
-    return m | {f"drop {model}": by_set[model, "test"] - by_set[model, "test_shifted"] for model, test in by_set if test == "test_shifted"}
+    print_means(rows)
+    print(
+        "\n(sd): standard deviation over seeds. ±: half the width of a 95 % interval over test "
+        "pictures and,\nwhere there are several, seeds (Student's t); a mean over sets takes these "
+        "as independent."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,114 +1,116 @@
-"""The results table of the README: the embedded default, all stages, several seeds.
+"""The embedded default, all stages, several seeds: the accuracy table of the repository's README.
 
-    python tests/benchmarks/default_chain.py                # 3 seeds, about 10 minutes each on 2 cores
+    python tests/benchmarks/default_chain.py            # 3 seeds, 10 minutes each on 2 cores
     python tests/benchmarks/default_chain.py --seeds 0
 
-Runs the scripts as a user would, in runs/benchmark/seed_N/; a stage that finished is not run again. The seed changes initialisation, order and views of every stage; the pictures stay.
+Runs the scripts as a user would, in runs/benchmark/seed_N/; a stage that finished is not run again.
+The seed changes initialisation, order and views of every stage; the pictures stay. Prints accuracy
+on both test sets, the difference to the stand-alone ResNet18, and the seconds of each stage.
 """
 
-import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
+from bench import combined_interval, machine, print_table, run_stages, with_interval, with_sd
 
-ROOT = Path(__file__).parent.parent.parent
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 97.5 % point, by the number of seeds
+from common import cli
+
 TEACHERS = ("levit_conv_128s", "resnet10t")
+ROWS = {  # what the models' folders are called in the table
+    "levit_conv_128s": "teacher levit_conv_128s (transformer)",
+    "resnet10t": "teacher resnet10t (CNN)",
+    "ensemble": "ensemble of the two",
+    "alone": "ResNet18 stand-alone (baseline)",
+    "student": "**ResNet18 distilled**",
+}
 
 
 def stages(home, seed):
-    """(name, command words) of one seed's chain, as in the README but for the folders and the seed."""
+    """(name, command words) of one seed's chain: the README's, but for folders and seed."""
     teachers = [f"{home}/{name}/best.pt" for name in TEACHERS]
-    rest = ["--seed", seed]
+    ensemble, alone, student = (f"{home}/{name}" for name in ("ensemble", "alone", "student"))
+    students = [f"{alone}/best.pt", f"{student}/best.pt", f"{student}/student.ts"]
+    rest = ["--seed", seed, "--overwrite"]
+    compare = ["--baseline", f"{alone}/best.pt", "--skip-audit", "--output", f"{home}/report"]
     return [
         ("teachers", ["train_teacher.py", "--output", home, *rest]),
-        ("ensemble", ["build_ensemble.py", *teachers, "--output", f"{home}/ensemble", *rest]),
-        ("student", ["distill.py", f"{home}/ensemble", "--output", f"{home}/student", *rest]),
-        ("alone", ["distill.py", f"{home}/ensemble", "--alpha", 0, "--output", f"{home}/alone", *rest]),
-        ("evaluate", ["evaluate.py", *teachers, f"{home}/ensemble", f"{home}/alone/best.pt", f"{home}/student/best.pt",
-                      f"{home}/student/student.ts", "--baseline", f"{home}/alone/best.pt", "--output", f"{home}/report"]),
+        ("ensemble", ["build_ensemble.py", *teachers, "--output", ensemble, *rest]),
+        ("student", ["distill.py", ensemble, "--output", student, *rest]),
+        ("alone", ["distill.py", ensemble, "--alpha", 0, "--output", alone, *rest]),
+        ("evaluate", ["evaluate.py", *teachers, ensemble, *students, *compare]),
     ]
-
-
-def run_seed(home, seed):
-    """Run what is missing of one seed's chain; returns (metrics, seconds per stage)."""
-    log = home / "seconds.json"
-    seconds = json.loads(log.read_text()) if log.is_file() else {}
-    for name, words in stages(home.as_posix(), seed):
-        if name in seconds:
-            continue
-        start = time.perf_counter()
-        overwrite = ["--overwrite"] if name != "evaluate" else []
-        subprocess.run([sys.executable, *map(str, words), *overwrite], cwd=ROOT, check=True)
-        seconds[name] = time.perf_counter() - start
-        log.write_text(json.dumps(seconds))
-    return json.loads((home / "report" / "metrics.json").read_text()), seconds
 
 
 def find(metrics, part):
     """The metrics of the model whose path ends in part or part/best.pt."""
-    return next(m for path, m in metrics["models"].items() if path.removesuffix("/best.pt").endswith(f"/{part}"))
+    for path, found in metrics["models"].items():
+        if path.removesuffix("/best.pt").endswith(f"/{part}"):
+            return found
+    raise KeyError(part)
 
 
-def with_spread(values, sign=""):
-    """'mean ± standard deviation' of one number per seed, the latter where there are several."""
-    return f"{np.mean(values):{sign}.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+def print_accuracy(runs, sets):
+    """The table; runs: metrics.json of each seed."""
+    rows = []
+    for part, label in ROWS.items():
+        models = [find(metrics, part) for metrics in runs]
+        row = [label]
+        for name in sets:
+            row.append(with_sd([100 * model["sets"][name]["accuracy"] for model in models]))
+        row.append(with_sd([100 * model["mean_accuracy"] for model in models]))
+        value, half = combined_interval([model["minus_baseline"] for model in models])
+        row.append("" if part == "alone" else with_interval(100 * value, 100 * half))
+        row.append(f"{models[0]['parameters'] / 1e6:.1f}")
+        row.append(f"{np.median([model['latency_ms'] for model in models]):.0f}")
+        rows.append(row)
+    means = [f"{name} (sd)" for name in (*sets, "mean")]
+    print()
+    print_table(["accuracy, %", *means, "mean minus baseline", "parameters, M", "ms"], rows)
 
 
-def combined_interval(differences):
-    """Mean over seeds of a paired difference and half the width of its 95 % interval.
+def print_differences(runs, sets):
+    """What distillation brings on each test set, with every seed's figure."""
+    for name in sets:
+        each = [find(metrics, "student")["sets"][name]["minus_baseline"] for metrics in runs]
+        value, half = combined_interval(each)
+        of_seeds = ", ".join(f"{100 * difference['difference']:+.1f}" for difference in each)
+        print(
+            f"\ndistilled minus stand-alone on {name}: {with_interval(100 * value, 100 * half)} "
+            f"points; per seed {of_seeds}"
+        )
 
-    differences: per seed {"difference", "interval"} from metrics.json. The half width is the root of two squares: that over test
-    pictures (the seeds share them, so it is not divided by their number) and that over seeds, by Student's t (of one seed, nothing).
-    """
-    values = np.array([d["difference"] for d in differences])
-    pictures = np.mean([((d["interval"][1] - d["interval"][0]) / 2) ** 2 for d in differences])
-    seeds = STUDENT_T[len(values)] ** 2 * values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-    return values.mean(), np.sqrt(pictures + seeds)
+
+def print_caption(runs, sets, seeds):
+    """What the table rests on."""
+    first = find(runs[0], "student")["sets"]
+    sizes = ", ".join(f"{name} {first[name]['n']}" for name in sets)
+    print(f"\n{len(seeds)} seeds ({', '.join(map(str, seeds))}); test pictures: {sizes}.")
+    print("(sd): standard deviation over seeds. ±: half the width of a 95 % interval over pictures")
+    print("and seeds (Student's t). ms: one picture at a time, as evaluate.py times it.")
+    print(machine())
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--output", default="runs/benchmark", help="folder below the repository (default: %(default)s)")
+    p = cli.parser(__doc__)
+    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--output", default="runs/benchmark", help="folder for a folder per seed")
     args = p.parse_args()
-    os.chdir(ROOT)
-    runs = [run_seed(Path(args.output) / f"seed_{seed}", seed) for seed in args.seeds]
 
-    labels = dict(zip((*TEACHERS, "ensemble", "alone", "student"), (
-        *(f"teacher {name}" for name in TEACHERS), "ensemble of the two", "ResNet18 stand-alone (baseline)", "**ResNet18 distilled**")))
-    sets = list(next(iter(runs[0][0]["models"].values()))["sets"])
-    print(f"\n| accuracy, % | {' | '.join(sets)} | mean | minus baseline | parameters, M | ms |")
-    print("|---|" + "---|" * (len(sets) + 4))
-    for part, label in labels.items():
-        of_part = [find(metrics, part) for metrics, _ in runs]
-        columns = [with_spread([100 * m["sets"][s]["accuracy"] for m in of_part]) for s in sets]
-        columns.append(with_spread([100 * m["mean_accuracy"] for m in of_part]))
-        value, half = combined_interval([m["minus_baseline"] for m in of_part])
-        columns.append("" if part == "alone" else f"{100 * value:+.1f} ± {100 * half:.1f}")
-        columns += [f"{of_part[0]['parameters'] / 1e6:.1f}", f"{np.median([m['latency_ms'] for m in of_part]):.0f}"]
-        print(f"| {label} | {' | '.join(columns)} |")
-        if part == "student":
-            for s in sets:
-                value, half = combined_interval([m["sets"][s]["minus_baseline"] for m in of_part])
-                print(f"\ndistilled minus stand-alone on {s}: {100 * value:+.1f} ± {100 * half:.1f} points; per seed "
-                      + ", ".join(f"{100 * m['sets'][s]['minus_baseline']['difference']:+.1f}" for m in of_part), end="")
-    versions = runs[0][0]["versions"]
-    n = ", ".join(f"{s} {next(iter(runs[0][0]['models'].values()))['sets'][s]['n']}" for s in sets)
-    print(f"\n\nn = {len(runs)} seeds ({', '.join(map(str, args.seeds))}); test pictures: {n}; ± over seeds in the accuracy columns, "
-          "95 % interval over pictures and seeds in the differences")
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-          + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    for name in runs[0][1]:
-        print(f"  {name}: " + ", ".join(f"{seconds[name]:.0f}" for _, seconds in runs) + " s")
+    runs, seconds = [], []
+    for seed in args.seeds:
+        home = Path(args.output) / f"seed_{seed}"
+        seconds.append(run_stages(stages(home.as_posix(), seed), home))
+        runs.append(json.loads((home / "report" / "metrics.json").read_text()))
+
+    sets = list(find(runs[0], "student")["sets"])
+    print_accuracy(runs, sets)
+    print_differences(runs, sets)
+    print_caption(runs, sets, args.seeds)
+    print("\nseconds of each stage, by seed:")
+    for stage in seconds[0]:
+        print(f"  {stage}: {', '.join(f'{of_seed[stage]:.0f}' for of_seed in seconds)}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

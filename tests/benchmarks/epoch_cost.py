@@ -1,98 +1,155 @@
-"""What a distillation epoch costs: with cached logits, stand-alone, and with the teachers run online.
+"""What a distillation step costs: with cached logits, stand-alone, and with the teachers online.
 
-    python tests/benchmarks/epoch_cost.py                    # DINOv2 ViT-S and EfficientNet-Lite0 at 224 px
-    python tests/benchmarks/epoch_cost.py --steps 4 --teachers levit_conv_128s resnet10t --side 64
+    python tests/benchmarks/epoch_cost.py --steps 3       # 2 minutes on two cores
+    python tests/benchmarks/epoch_cost.py --steps 2 --teachers levit_conv_128s resnet10t --side 64
 
-Everything in one process, the kinds of step in turn (A B C A B C ...), medians and ratios. Weights do
-not change the time, so the teachers start from random ones; pictures are random and lie in memory maps
-as in a pack.
+Everything in one process, the kinds of step in turn (A B C A B C ...), medians and ratios. Weights
+do not change the time, so teachers and student start from random ones; pictures and logits are
+random and lie in memory maps, as in the decoded cache and the ensemble.
 """
 
-import argparse
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench import machine
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-
-from common.data import Pack, whole  # noqa: E402
-from common.ensemble import soft_targets  # noqa: E402
-from common.losses import distillation_loss, mixture  # noqa: E402
-from common.models import autocast, create_student, create_teacher, parameter_groups  # noqa: E402
-from common.views import ViewRecipe, render  # noqa: E402
+from common import cli
+from common.ensemble import CachedLogits, view_file, write_view
+from common.files import file_sha256
+from common.images import Decoded
+from common.losses import labelled_cross_entropy, mixture, soft_divergence
+from common.models import autocast, create_student, create_teacher, parameter_groups
+from common.pictures import Pictures
+from common.views import ViewRecipe, render
 
 CLASSES = 6
+ALPHA, T = 0.9, 2.0  # as distill.py's defaults
+BATCHES = 4  # of different pictures
+
+
+def random_pictures(folder, count, side, rng):
+    """`Pictures` of noise in a memory map below folder."""
+    shape = (count, side, side, 3)
+    images = np.memmap(folder / "images.bin", np.uint8, "w+", shape=shape)
+    images[:] = rng.integers(0, 256, shape, dtype=np.uint8)
+    decoded = Decoded(folder, images, [""] * count, [], [], {}, fingerprint="")
+    return Pictures.of(decoded, labels=rng.integers(0, CLASSES, count))
+
+
+def random_logits(folder, teachers, count, rng):
+    """`CachedLogits` of noise: the plain view and an augmented one."""
+    for view in (0, 1):
+        write_view(folder, view, rng.normal(size=(teachers, count, CLASSES)).astype(np.float32))
+    return CachedLogits(folder, {
+        "temperatures": [1.0] * teachers,
+        "weights": [1 / teachers] * teachers,
+        "sha256": [file_sha256(view_file(folder, view)) for view in (0, 1)],
+    })
+
+
+class Steps:
+    """Training steps of one student, timed by kind: cached, alone or online."""
+
+    def __init__(self, args, pictures, cache):
+        self.pictures, self.cache, self.device = pictures, cache, torch.device(args.device)
+        self.teachers = [self.place(create_teacher(n, CLASSES, args.side)) for n in args.teachers]
+        self.student = self.place(create_student(CLASSES, args.side)).train()
+        groups = parameter_groups(self.student, 0.05)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+
+    def place(self, model):
+        """The model on the device, in evaluation mode."""
+        return model.to(self.device, memory_format=torch.channels_last).eval()
+
+    def render(self, indices):
+        """Pixels of view 1 of some pictures."""
+        batch = self.pictures.batch(indices, self.device)
+        return render(batch, indices, np.ones_like(indices), 0, ViewRecipe())
+
+    def soft_targets(self, kind, indices, pixels):
+        """What a step of this kind learns from, beside the labels; None for nothing."""
+        if kind == "alone":
+            return None
+        if kind == "cached":
+            return self.cache.targets(np.ones_like(indices), indices, T).to(self.device)
+        with torch.inference_mode(), autocast(self.device):
+            logits = torch.stack([teacher(pixels).float() for teacher in self.teachers])
+        return mixture(logits, self.cache.temperatures, self.cache.weights, T).clone()
+
+    def time(self, kind, indices):
+        """(seconds of one step, seconds of it that rendering took)."""
+        start = time.perf_counter()
+        pixels = self.render(indices)
+        self.wait()
+        rendered = time.perf_counter()
+
+        q = self.soft_targets(kind, indices, pixels)
+        with autocast(self.device):
+            logits = self.student(pixels)
+        logits = logits.float()
+        loss = labelled_cross_entropy(logits, self.pictures.labels[indices].to(self.device))
+        if q is not None:
+            loss = (1 - ALPHA) * loss + ALPHA * T**2 * soft_divergence(q, logits / T)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.wait()
+        return time.perf_counter() - start, rendered - start
+
+    def wait(self):
+        """Let a GPU finish what it was asked to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(args, pictures, cache):
+    """Median seconds {cached, alone, online, views}, without the first step of each kind."""
+    steps = Steps(args, pictures, cache)
+    seconds = {"cached": [], "alone": [], "online": [], "views": []}
+    for step in range(1 + args.steps):
+        place = step % BATCHES
+        indices = np.arange(place * args.batch_size, (place + 1) * args.batch_size)
+        for kind in ("cached", "alone", "online"):
+            whole, views = steps.time(kind, indices)
+            if step:
+                seconds[kind].append(whole)
+                seconds["views"].append(views)
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--teachers", nargs="+", default=["vit_small_patch14_dinov2", "tf_efficientnet_lite0"])
-    p.add_argument("--side", type=int, default=224, help="px (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=24)
-    p.add_argument("--steps", type=int, default=7, help="of each kind, after one that is not counted (default: %(default)s)")
+    p = cli.parser(__doc__)
+    p.add_argument("--teachers", nargs="+", metavar="NAME",
+                   default=["vit_small_patch14_dinov2", "tf_efficientnet_lite0"])
+    p.add_argument("--side", type=cli.positive_int, default=224, help="px")
+    p.add_argument("-b", "--batch-size", type=cli.positive_int, default=24)
+    p.add_argument("--steps", type=cli.positive_int, default=7,
+                   help="of each kind, after one that is not counted")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
-    device, rng = torch.device(args.device), np.random.default_rng(0)
 
-    with tempfile.TemporaryDirectory() as folder:
-        count = 4 * args.batch_size
-        images = np.lib.format.open_memmap(f"{folder}/images.npy", "w+", np.uint8, (count, args.side, args.side, 3))
-        images[:] = rng.integers(0, 256, images.shape, dtype=np.uint8)
-        pictures = whole(Pack(Path(folder), images, [], rng.integers(0, CLASSES, count), [], ""))
-        np.save(f"{folder}/view.npy", rng.normal(size=(len(args.teachers), count, CLASSES)).astype(np.float32))
-        cached = [np.load(f"{folder}/view.npy", mmap_mode="r")] * 2
-        measure(args, device, pictures, cached)
+    rng, count = np.random.default_rng(0), BATCHES * args.batch_size
+    with tempfile.TemporaryDirectory() as home:
+        pictures = random_pictures(Path(home), count, args.side, rng)
+        cache = random_logits(Path(home), len(args.teachers), count, rng)
+        median = measure(args, pictures, cache)
 
-
-def measure(args, device, pictures, cached):
-    weights = [1 / len(args.teachers)] * len(args.teachers)
-    record = {"temperatures": [1.0] * len(args.teachers), "weights": weights}
-    teachers = [create_teacher(name, CLASSES, args.side).to(device, memory_format=torch.channels_last).eval() for name in args.teachers]
-    student = create_student(CLASSES, args.side).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(parameter_groups(student, 0.05), lr=1e-4, fused=True)
-    recipe, seconds = ViewRecipe(), {"cached": [], "alone": [], "online": [], "views": []}
-
-    def train_step(pixels, labels, soft, alpha):
-        with autocast(device):
-            logits = student(pixels)
-        distillation_loss(logits.float(), labels, soft, alpha, 2.0).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for step in range(args.steps + 1):
-        indices = (np.arange(args.batch_size) + step * args.batch_size) % len(pictures)
-        labels = pictures.labels[indices].to(device)
-        for kind in ("cached", "alone", "online"):
-            start = time.perf_counter()
-            pixels = render(pictures.batch(indices, device), indices, np.ones_like(indices), 0, recipe)
-            seconds["views"].append(time.perf_counter() - start)
-            soft = None
-            if kind == "cached":
-                soft = soft_targets(cached, record, np.ones_like(indices), indices, 2.0).to(device)
-            elif kind == "online":
-                with torch.inference_mode(), autocast(device):
-                    logits = torch.stack([teacher(pixels).float() for teacher in teachers])
-                soft = mixture(logits, record["temperatures"], weights, 2.0).clone()
-            train_step(pixels, labels, soft, 0.0 if kind == "alone" else 0.9)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[kind].append(time.perf_counter() - start)
-
-    cached_s, alone, online = (statistics.median(seconds[kind][1:]) for kind in ("cached", "alone", "online"))
-    views = statistics.median(seconds["views"][3:])
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}; "
-          f"ResNet18 at {args.side} px, batch {args.batch_size}, teachers {', '.join(args.teachers)}; medians of {args.steps} steps")
-    print(f"stand-alone step {1e3 * alone:.0f} ms; cached {1e3 * cached_s:.0f} ms; teachers online {1e3 * online:.0f} ms; views {1e3 * views:.0f} ms")
-    print(f"cached / stand-alone {cached_s / alone:.3f} (at most 1.1)")
-    print(f"online / cached {online / cached_s:.2f} (at least 2.3 with the default teachers and side)")
-    print(f"views / stand-alone step {views / alone:.3f} (at most 0.10)")
+    print(f"{machine()}, {args.device}")
+    names = ", ".join(args.teachers)
+    print(f"ResNet18 at {args.side} px, batch {args.batch_size}, teachers {names}")
+    print(f"medians of {args.steps} steps of each kind:")
+    milliseconds = {kind: f"{1e3 * value:.0f} ms" for kind, value in median.items()}
+    print(f"  stand-alone     {milliseconds['alone']}, of which views {milliseconds['views']}")
+    print(f"  cached logits   {milliseconds['cached']}")
+    print(f"  teachers online {milliseconds['online']}")
+    print(f"cached / stand-alone {median['cached'] / median['alone']:.3f}")
+    print(f"online / cached      {median['online'] / median['cached']:.2f}")
+    print(f"views / stand-alone  {median['views'] / median['alone']:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

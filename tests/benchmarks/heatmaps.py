@@ -1,90 +1,129 @@
-"""Does the red point at the defect? Heatmaps of drawn parts, whose defects are known pixel by pixel.
+"""Does the red point at the defect? Evidence on drawn parts whose defects are known pixel by pixel.
 
-    python tests/benchmarks/heatmaps.py runs/student/student.ts [more.ts ...] [--sheet heatmaps.png]
+    python tests/benchmarks/heatmaps.py runs/student/student.ts --sheet heatmaps.png   # a minute
+    python tests/benchmarks/heatmaps.py runs/*/student.ts --count 20
 
-Every defective part is drawn twice from the same random numbers, once without its defect; where the two pictures differ, there it is.
-On pictures whose class the student names: the pixel AUROC, the probability that a pixel of the defect is redder than one beside it
-(0.5 is chance). Three maps: what infer.py draws, by covering places in turn; the same of another picture of the class, which
-knows that parts lie in the middle and heads at an end, but has not seen this part; the file's `explain`, a class activation
-map that costs nothing. The seed is none of the embedded set's.
+Every defective part is drawn twice from the same random numbers, once without its defect; where the
+two pictures differ, there it is. On pictures whose class the student names: the pixel AUROC, the
+probability that a pixel of the defect is redder than one beside it (0.5 is chance). Two maps: the
+file's `explain` on the picture, and on another picture of the class, which knows that parts lie in
+the middle and heads at an end, but has not seen this part. The seed is none of the embedded set's.
+A bend is not in one place, so bent parts are left out.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench import Z, print_table
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from common import cli
+from common.synthetic import CLASSES, draw
+from infer import OPACITY, RED, load_student
 
-from common.synthetic import CLASSES, draw  # noqa: E402
-from infer import evidence, load_student, overlay  # noqa: E402
-
-SEED, CHANGED = 77, 12  # of 255, from which a pixel belongs to the defect
-LOCAL = [name for name in CLASSES if name not in ("good", "bent")]  # a bend is not in one place
-
-
-def twins(name, number):
-    """(picture, True where the defect is): uint8 [S, S, 3] and bool [S, S]."""
-    picture, flawless = (draw(each, (SEED, 0, number)) for each in (name, "good"))
-    return picture, np.abs(picture.astype(int) - flawless).max(2) > CHANGED
+SEED, SPLIT = 77, 0
+CHANGED = 12  # of 255, from which a pixel belongs to the defect
+LOCAL = [name for name in CLASSES if name not in ("good", "bent")]
+SHOWN, SIDE = 5, 240  # pictures per class on the sheet; px of each
 
 
-def pixel_auroc(heat, defect):
-    """Probability that a pixel where `defect` [S, S] is hotter than one where it is not, the map [h, w] enlarged; ties count half."""
-    big = np.asarray(Image.fromarray(heat).resize(defect.shape, Image.Resampling.BICUBIC)).ravel()
-    _, rank, count = np.unique(big, return_inverse=True, return_counts=True)
-    mean_rank = (np.cumsum(count) - (count - 1) / 2)[rank]  # from 1, of equal values together
+def draw_twins(name, number):
+    """(picture uint8 [S, S, 3], bool [S, S] that is True where the defect is)."""
+    picture, flawless = (draw(each, (SEED, SPLIT, number)) for each in (name, "good"))
+    difference = np.abs(picture.astype(int) - flawless).max(2)
+    return picture, difference > CHANGED
+
+
+def enlarged(evidence, size):
+    """The evidence [h, w] at (width, height), as infer.py lays it over a picture."""
+    return np.asarray(Image.fromarray(evidence).resize(size, Image.Resampling.BICUBIC))
+
+
+def pixel_auroc(evidence, defect):
+    """Probability that a pixel of the defect is redder than one beside it; ties count half.
+
+    evidence: float [h, w]; defect: bool [S, S].
+    """
+    heat = enlarged(evidence, defect.shape[::-1]).ravel()
+    _, rank, count = np.unique(heat, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(count) - (count - 1) / 2  # from 1, of equal values together
     n = defect.sum()
-    return (mean_rank[defect.ravel()].sum() - n * (n + 1) / 2) / (n * (defect.size - n))
+    of_defect = mean_rank[rank][defect.ravel()].sum()
+    return (of_defect - n * (n + 1) / 2) / (n * (defect.size - n))
 
 
-def activation_map(student, picture, defect, good):
-    """The class activation map of the defect over good's, from `explain`: float [h, w]."""
-    maps = student.explain(torch.from_numpy(picture))[1][0]
-    return (maps[defect] - maps[good]).clamp(min=0).numpy()
+def overlay(picture, evidence, side):
+    """The picture at side x side px, with red where the evidence [h, w] in 0..1 is."""
+    image = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+    mask = Image.fromarray((evidence * OPACITY).astype(np.uint8))
+    image.paste(RED, mask=mask.resize(image.size, Image.Resampling.BICUBIC))
+    return image
+
+
+def explain_class(student, classes, name, count):
+    """[(picture, evidence, defect)] of the parts of a class that the student names."""
+    found = []
+    for number in range(count):
+        picture, defect = draw_twins(name, number)
+        probabilities, evidence = student.explain(torch.from_numpy(picture))
+        if classes[int(probabilities.argmax())] == name and defect.any():
+            found.append((picture, evidence.numpy(), defect))
+    return found
+
+
+def score(found):
+    """The cells of one class: AUROC of each picture's own evidence, and of the next one's."""
+    maps = [evidence for _, evidence, _ in found]
+    defects = [defect for _, _, defect in found]
+    cells = []
+    for some in (maps, maps[1:] + maps[:1]):
+        areas = [pixel_auroc(evidence, defect) for evidence, defect in zip(some, defects)]
+        half = Z * np.std(areas, ddof=1) / len(areas) ** 0.5
+        cells.append(f"{np.mean(areas):.2f} ± {half:.2f}")
+    covered = 100 * np.mean([defect.mean() for defect in defects])
+    return [*cells, f"{covered:.0f}"]
+
+
+def sheet_row(picture, evidence, defect):
+    """Picture, overlay and defect beside each other."""
+    plain = overlay(picture, np.zeros_like(evidence), SIDE)
+    mask = Image.fromarray(defect).convert("RGB").resize((SIDE, SIDE))
+    parts = [plain, overlay(picture, evidence, SIDE), mask]
+    return np.concatenate([np.asarray(part) for part in parts], axis=1)
 
 
 @torch.inference_mode()
-def measure(path, count, sheet):
+def measure(path, count):
+    """Print the table of one exported student; returns what is shown on the sheet."""
     student, metadata = load_student(path)
-    side, good, shown = metadata["view_size"], metadata["classes"].index("good"), []
-    print(f"{path} at {metadata['img_size']} px")
+    rows, shown = [], []
     for name in LOCAL:
-        covered, activations, defects = [], [], []
-        for number in range(count):
-            picture, defect = twins(name, number)
-            decision = int(student(torch.from_numpy(picture)).argmax())
-            if metadata["classes"][decision] == name and defect.any():
-                covered.append(evidence(student, picture, side, good)[0])
-                activations.append(activation_map(student, picture, decision, good))
-                defects.append(defect)
-                if len(shown) < 5 * (LOCAL.index(name) + 1):
-                    shown.append((picture, np.asarray(overlay(student, picture, side, good)[0]), defect))
-        scores = [np.mean([pixel_auroc(heat, defect) for heat, defect in zip(heats, defects)])
-                  for heats in (covered, covered[1:] + covered[:1], activations)]
-        print(f"  {name:15} {len(defects):4} of {count} named; pixel AUROC {scores[0]:.2f}, another picture's map {scores[1]:.2f}, explain {scores[2]:.2f}; "
-              f"the defect covers {100 * np.mean([d.mean() for d in defects]):.0f} % of the picture", flush=True)
-    if sheet:
-        rows = [np.concatenate([np.asarray(Image.fromarray(each).resize((240, 240))) for each in (p, o, np.repeat(d[..., None], 3, 2).astype(np.uint8) * 255)], 1)
-                for p, o, d in shown]
-        half = (len(rows) + 1) // 2
-        columns = [np.concatenate(part) for part in (rows[:half], rows[half:2 * half])]
-        Image.fromarray(np.concatenate([column[:min(map(len, columns))] for column in columns], 1)).save(sheet)
+        found = explain_class(student, metadata["classes"], name, count)
+        cells = score(found) if len(found) > 1 else ["", "", ""]
+        rows.append([name, f"{len(found)} of {count}", *cells])
+        shown += found[:SHOWN]
+    print(f"\n{path}: view size {metadata['view_size']} px, {metadata['precision']}\n")
+    print_table([
+        "class", "named", "pixel AUROC", "of another picture's map", "defect covers, % of picture",
+    ], rows)
+    return shown
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__)
     p.add_argument("model", nargs="+", help="exported students of the embedded set")
-    p.add_argument("--count", type=int, default=60, help="parts per class")
-    p.add_argument("--sheet", help="also write picture, overlay and defect side by side, for the last model")
+    p.add_argument("--count", type=cli.positive_int, default=60, help="parts per class")
+    p.add_argument("--sheet", type=Path, metavar="FILE",
+                   help="write picture, evidence and defect beside each other, of the last model")
     args = p.parse_args()
     for path in args.model:
-        measure(path, args.count, args.sheet)
+        shown = measure(path, args.count)
+    print("\n±: half the width of a 95 % interval over the named parts")
+    if args.sheet:
+        rows = [sheet_row(*each) for each in shown]
+        Image.fromarray(np.concatenate(rows)).save(args.sheet)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

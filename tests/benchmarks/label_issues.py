@@ -1,102 +1,147 @@
-"""Swapped labels: how many the scripts point at, and how many cleanlab does from the same probabilities.
+"""Swapped labels: how many of them build_ensemble.py names as doubtful, and how many wrongly.
 
-    python tests/benchmarks/label_issues.py --data ../data/neu_cls --weights ../weights [--seeds 0 1 2]
-    pip install cleanlab            # for its rows; left out where it is missing
+    python tests/benchmarks/label_issues.py --data DIR --weights DIR     # some 5 minutes a seed
+    python tests/benchmarks/label_issues.py ... --cleanlab     # beside that package, same answers
 
-Of an ImageFolder's training pictures `--per-class` train and half as many validate; a tenth of the labels of both is swapped for
-another class. train_teacher.py and build_ensemble.py run as a user would run them; what the latter lists in ensemble.json is compared
+Of the training pictures of an ImageFolder --per-class train and half as many validate; a tenth of
+the labels of both is swapped for another class. train_teacher.py and build_ensemble.py run as a
+user would run them, in runs/label_issues/seed_N/; the doubtful labels in ensemble.json are compared
 with what was swapped. What ran before is not run again.
 """
 
-import argparse
-import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
+from accuracy import TEACHERS
+from bench import link, run_stages
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(Path(__file__).parent))
-
-import torch  # noqa: E402
-from accuracy import TEACHERS, call, link  # noqa: E402
-
-from common import audit, data, models  # noqa: E402
-from common.ensemble import load_ensemble, open_views  # noqa: E402
+from common import cli, models, splits
+from common.ensemble import CachedLogits, load_ensemble
+from common.errors import UserError
+from common.images import DecodedCache
+from common.labels import neighbour_votes
 
 SWAPPED, SIDE, EPOCHS, VIEWS = 0.1, 98, 15, 6
+CPU = torch.device("cpu")
 
 
 def lay_out(source, per_class, home, seed):
     """Links under home/data; returns the names of the swapped pictures, which are unique."""
     rng = np.random.default_rng(seed)
-    classes = sorted(p.name for p in (source / "train").iterdir() if p.is_dir())
+    classes = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())
     swapped = set()
     for name in classes:
         files = sorted((source / "train" / name).iterdir())
         files = [files[i] for i in rng.permutation(len(files))]
-        for split, some in (("train", files[:per_class]), ("val", files[per_class:per_class + per_class // 2])):
+        half_as_many = files[per_class:per_class + per_class // 2]
+        for split, some in (("train", files[:per_class]), ("val", half_as_many)):
             for place, file in enumerate(some):
-                label = name
+                label, unique = name, f"{name}_{file.name}"
                 if place < round(SWAPPED * len(some)):
-                    label = rng.choice([c for c in classes if c != name])
-                    swapped.add(f"{name}_{file.name}")
-                link(file, home / "data" / split / label / f"{name}_{file.name}")
+                    label = rng.choice([other for other in classes if other != name])
+                    swapped.add(unique)
+                link(file, home / "data" / split / label / unique)
     return swapped
 
 
-def report(what, found, swapped, seconds=None):
+def stages(home, weights, seed):
+    """(name, command words) of one seed."""
+    teachers = [home / name / "best.pt" for name in TEACHERS]
+    files = [weights / f"{name}.safetensors" for name in TEACHERS]
+    rest = ["--seed", seed, "--overwrite"]
+    return [
+        ("teachers", [
+            "train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model",
+            *TEACHERS, "--weights", *files, "--epochs", EPOCHS, "--output", home, *rest,
+        ]),
+        ("ensemble", [
+            "build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", *rest,
+        ]),
+    ]
+
+
+def names_in(folder):
+    """Names of the pictures of a labelled folder."""
+    return {path.name for path in folder.glob("*/*")}
+
+
+def report(what, found, swapped):
+    """Print how many of the swapped labels are among the found ones; sets of file names."""
     hits = len(found & swapped)
-    print(f"  {what}: {len(found)} named, precision {hits / max(len(found), 1):.2f}, recall {hits / len(swapped):.2f}"
-          + (f", {1e3 * seconds:.0f} ms" if seconds is not None else ""), flush=True)
+    print(
+        f"  {what}: {len(found)} named, {hits} of them swapped, "
+        f"of {len(swapped)} swapped {100 * hits / len(swapped):.0f} % found", flush=True,
+    )
 
 
 def measure(args, seed):
+    """One draw of swapped labels."""
     home = Path(args.output) / f"seed_{seed}"
-    swapped = lay_out(args.data, args.per_class, home, seed)
-    teachers = [home / name / "best.pt" for name in TEACHERS]
-    weights = [args.weights / f"{name}.safetensors" for name in TEACHERS]
-    if not (home / "taught").is_file():
-        call("train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model", *TEACHERS, "--weights", *weights,
-             "--epochs", EPOCHS, "--output", home, "--seed", seed, "--overwrite")
-        (home / "taught").touch()
-    call("build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", "--seed", seed, "--overwrite")
+    all_swapped = lay_out(args.data, args.per_class, home, seed)
+    run_stages(stages(home, args.weights, seed), home)
+
     record = load_ensemble(home / "ensemble")
-    names = {split: {p.name for p in (home / "data" / split).rglob("*.*")} for split in ("train", "val")}
-    print(f"\nseed {seed}: {len(swapped & names['train'])} of {len(names['train'])} training labels and "
-          f"{len(swapped & names['val'])} of {len(names['val'])} validation labels swapped")
-    for split, found in record["suspicions"].items():
-        report(f"ours, {split}", {Path(s["picture"]).name for s in found}, swapped & names[split])
-    try:
-        from cleanlab.filter import find_label_issues
-    except ImportError:
-        return
-    device = torch.device("cpu")
-    networks = [models.load_model(path, device)[0] for path in teachers]
-    train, val, _ = data.open_training_data(record["data"], argparse.Namespace(cache_dir="runs/packs", workers=2, skip_bad=False))
-    views = [torch.from_numpy(np.array(view[:, :len(train)])) for view in open_views(home / "ensemble", record)]
-    classes = len(record["data"]["classes"])
-    for what, pictures, said in (
-            ("val, the teachers' probabilities", val, [torch.softmax(models.predict(network, val, device), 1) for network in networks]),
-            ("train, the teachers' probabilities, mean over views", train, torch.stack([torch.softmax(view, 2) for view in views]).mean(0)),
-            ("train, our neighbours' votes", train, [audit.neighbour_votes(models.features(network, train, device), train.labels, classes) for network in networks])):
+    swapped = {}
+    print(f"\nseed {seed}")
+    for split, found in record["doubtful"].items():
+        names = names_in(home / "data" / split)
+        swapped[split] = all_swapped & names
+        title = f"ours, {split} ({len(names)} pictures)"
+        report(title, {Path(doubt["picture"]).name for doubt in found}, swapped[split])
+    if args.cleanlab:
+        measure_cleanlab(home, record, swapped)
+
+
+def measure_cleanlab(home, record, swapped):
+    """cleanlab on the same pictures, from what the teachers say of them."""
+    from cleanlab.filter import find_label_issues
+
+    networks = [models.load_model(home / name / "best.pt", CPU)[0] for name in TEACHERS]
+    train, val, data = splits.open_training(DecodedCache("runs/decoded"), record["data"])
+    cached = CachedLogits(home / "ensemble", record)
+    n, classes = len(train), len(data["classes"])
+
+    val_answers = [torch.softmax(models.predict(net, val, CPU), 1) for net in networks]
+    train_answers = []
+    for view in cached.logits:
+        logits = torch.from_numpy(np.array(view[:, :n]))
+        train_answers.append(torch.softmax(logits, 2).mean(0))
+    votes = []
+    for network in networks:
+        features = models.features(network, train, CPU)
+        votes.append(neighbour_votes(features, train.labels, classes))
+
+    for split, pictures, source, answers in (
+        ("val", val, "the teachers' probabilities", val_answers),
+        ("train", train, "the teachers' probabilities, mean over views", train_answers),
+        ("train", train, "our neighbours' votes", votes),
+    ):
+        probabilities = torch.stack(answers).mean(0).numpy()
         start = time.perf_counter()
-        issues = find_label_issues(pictures.labels.numpy(), torch.stack(list(said)).mean(0).numpy())
-        report(f"cleanlab on {what}", {Path(pictures.path(i)).name for i in np.flatnonzero(issues)}, swapped & names[what.split(",")[0]], time.perf_counter() - start)
+        issues = find_label_issues(pictures.labels.numpy(), probabilities)
+        seconds = time.perf_counter() - start
+        found = {Path(pictures.path(i)).name for i in np.flatnonzero(issues)}
+        report(f"cleanlab, {split}, {source}, {seconds:.2f} s", found, swapped[split])
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="an ImageFolder with train/")
-    p.add_argument("--weights", type=Path, required=True, help="folder with the teachers' weight files")
-    p.add_argument("--per-class", type=int, default=40)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--output", default="runs/label_issues")
+    p.add_argument("--weights", type=Path, required=True,
+                   help="folder with the teachers' weight files")
+    p.add_argument("--per-class", type=cli.positive_int, default=40, help="training pictures")
+    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--output", default="runs/label_issues", help="folder for the runs")
+    p.add_argument("--cleanlab", action="store_true", help="the package cleanlab as well")
     args = p.parse_args()
+    if args.cleanlab and find_spec("cleanlab") is None:
+        raise UserError("--cleanlab: the package cleanlab is not installed")
     for seed in args.seeds:
         measure(args, seed)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,145 +1,233 @@
-"""Near copies: what the search finds of planted ones, how often it cries wolf, and what it costs.
+"""Near copies: how many planted ones the audit finds, how often it is wrong, and what it costs.
 
-    python tests/benchmarks/near_duplicates.py --sets DIR [DIR ...]    # ImageFolders with train/ and test/
-    python tests/benchmarks/near_duplicates.py --scale 1000 10000 100000
-    pip install imagededup && python tests/benchmarks/near_duplicates.py --sets DIR --peer
+    python tests/benchmarks/near_duplicates.py --sets DIR [DIR ...]     # a minute a set
+    python tests/benchmarks/near_duplicates.py --sets data/fasteners --side 64
+    python tests/benchmarks/near_duplicates.py --scale 1000 10000       # seconds; 100000 takes 10 s
+    python tests/benchmarks/near_duplicates.py --sets DIR --imagededup  # beside that package
 
-Planted: a seventh of up to 210 training pictures each is mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two
-thirds, cropped to 95 % at a random place, or mirrored, brightened, cropped and encoded together. All training pictures are the earlier set; the real test pictures that are not
-byte-equal to one of them show how often pictures that merely look alike are called copies (some do show the same part).
+DIR is an ImageFolder with train/ and test/. Planted: up to 210 training pictures, a seventh each
+mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two thirds, cropped to 95 % at a
+random place, or mirrored, brightened, cropped and encoded together. All training pictures are the
+earlier set. The real test pictures show how often pictures that merely look alike are called copies
+(some do show the same part); those with the bytes of another picture are left out.
 """
 
-import argparse
 import io
 import resource
-import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from bench import machine, print_table
 from PIL import Image, ImageEnhance
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from common import cli, duplicates
+from common.errors import UserError
+from common.images import Decoded, list_pictures, read_picture, resize
+from common.pictures import Pictures
 
-from common import data, duplicates  # noqa: E402
+PLANTED = 210  # at most
+THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)  # of the likeness, beside the one in use
 
 
+# ------------------------------------------------------------------------------ planted copies
 
-def encoded(image, quality=50):
+
+def mirror(image, rng):
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def turn(image, rng):
+    return image.transpose(Image.Transpose.ROTATE_90)
+
+
+def brighten(image, rng):
+    brighter = ImageEnhance.Brightness(image).enhance(1.25)
+    return ImageEnhance.Contrast(brighter).enhance(0.9)
+
+
+def encode(image, rng, quality=50):
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
 
 
-def cropped(image, rng, share=0.95):
+def shrink(image, rng):
+    size = (image.width * 2 // 3, image.height * 2 // 3)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def crop(image, rng, share=0.95):
     w, h = image.size
     x, y = rng.uniform(0, 1 - share, 2)
-    return image.crop((round(x * w), round(y * h), round((x + share) * w), round((y + share) * h)))
+    box = (x * w, y * h, (x + share) * w, (y + share) * h)
+    return image.crop([round(edge) for edge in box])
+
+
+def all_but_turn(image, rng):
+    brighter = ImageEnhance.Brightness(mirror(image, rng)).enhance(1.2)
+    return encode(crop(brighter, rng), rng, quality=70)
 
 
 CHANGES = {
-    "mirrored": lambda im, rng: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-    "turned": lambda im, rng: im.transpose(Image.Transpose.ROTATE_90),
-    "brightened": lambda im, rng: ImageEnhance.Contrast(ImageEnhance.Brightness(im).enhance(1.25)).enhance(0.9),
-    "encoded again": lambda im, rng: encoded(im),
-    "shrunk": lambda im, rng: im.resize((im.width * 2 // 3, im.height * 2 // 3), Image.Resampling.BILINEAR),
-    "cropped": cropped,
-    "all but turned": lambda im, rng: encoded(cropped(ImageEnhance.Brightness(im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).enhance(1.2), rng), 70),
+    "mirrored": mirror,
+    "turned": turn,
+    "brightened": brighten,
+    "encoded again": encode,
+    "shrunk": shrink,
+    "cropped": crop,
+    "all but turned": all_but_turn,
 }
 
 
-def read(folder, limit=None):
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in data.EXTENSIONS)
-    return [Image.fromarray(data.read_picture(file)) for file in files[:limit]], files
+def plant(train, rng):
+    """(numbers of the originals, what was done to each, the copies)."""
+    originals = rng.permutation(len(train))[:PLANTED]
+    names = list(CHANGES)
+    kinds = [names[place % len(names)] for place in range(len(originals))]
+    copies = [CHANGES[kind](train[i], rng) for kind, i in zip(kinds, originals)]
+    return originals, np.array(kinds), copies
 
 
-def pack(images, side):
-    pixels = np.stack([data.resize(torch.from_numpy(np.array(image)), side).numpy() for image in images])
-    n = len(pixels)
-    return data.whole(data.Pack(Path("made"), pixels, [str(i) for i in range(n)], np.zeros(n, int), [], "", [""] * n, [None] * n))
+# ------------------------------------------------------------------------------------ pictures
+
+
+def read(folder):
+    """PIL images of all pictures below a folder."""
+    return [Image.fromarray(read_picture(folder / path)) for path in list_pictures(folder)]
+
+
+def as_pictures(images, side):
+    """PIL images as the decoded cache would hold them."""
+    resized = [resize(torch.from_numpy(np.array(image)), side).numpy() for image in images]
+    return in_memory(np.stack(resized))
+
+
+def in_memory(pixels):
+    """`Pictures` of an array uint8 [N, S, S, 3]."""
+    return Pictures.of(Decoded(Path("made"), pixels, [""] * len(pixels), [], [], {}, ""))
+
+
+def without_copies(train, test):
+    """The test images that have not the pixels of an earlier one."""
+    digests = [image.tobytes() for image in (*train, *test)]
+    begin = np.repeat([0, len(train)], [len(train), len(test)])
+    copies = {i - len(train) for i, _ in duplicates.exact_copies(digests, begin)}
+    return [image for i, image in enumerate(test) if i not in copies]
+
+
+# ------------------------------------------------------------------------------------- measure
 
 
 def search(earlier, later, lowest):
     """({later picture: (its match, likeness)}, seconds) of matches that are at least so like."""
-    pictures = data.Pictures(*earlier.parts, *later.parts)
     begin = np.repeat([0, len(earlier)], [len(earlier), len(later)])
     start = time.perf_counter()
-    found = duplicates.near_copies(pictures, begin, lowest)
-    return {i - len(earlier): (j, score) for i, j, score in found}, time.perf_counter() - start
+    found = duplicates.near_copies(earlier + later, begin, lowest)
+    seconds = time.perf_counter() - start
+    return {i - len(earlier): (j, likeness) for i, j, likeness in found}, seconds
 
 
-def measure(folder, side, peer):
-    train, files = read(folder / "train")
-    test, _ = read(folder / "test")
-    rng = np.random.default_rng(0)
-    originals = rng.permutation(len(train))[:210]
-    kinds = [list(CHANGES)[k % len(CHANGES)] for k in range(len(originals))]
-    planted = [CHANGES[kind](train[i], rng) for kind, i in zip(kinds, originals)]
-    known = set(duplicates.exact_copies([image.tobytes() for image in (*train, *test)], np.repeat([0, len(train)], [len(train), len(test)])))
-    copied = {i - len(train) for i, _ in known}
-    fresh = [image for i, image in enumerate(test) if i not in copied]
+def measure(folder, side, imagededup):
+    """Print the table of one set, a row per threshold."""
+    train, test = read(folder / "train"), read(folder / "test")
+    originals, kinds, copies = plant(train, np.random.default_rng(0))
+    fresh = without_copies(train, test)
     in_use = duplicates.LIKENESS[duplicates.FINE if side >= duplicates.FINE else duplicates.ROUGH]
-    thresholds = sorted({0.7, 0.75, 0.8, 0.85, 0.9, in_use})
-    earlier, planted_pack, fresh_pack = (pack(images, side) for images in (train, planted, fresh))
-    print(f"\n{folder.name}: {len(train)} earlier pictures, at {side} px, {len(planted)} planted copies, {len(fresh)} test pictures that are no exact copies")
-    all_found, seconds = search(earlier, planted_pack, thresholds[0])
-    all_alike, its_seconds = search(earlier, fresh_pack, thresholds[0])
+    thresholds = sorted({*THRESHOLDS, in_use})
+
+    earlier = as_pictures(train, side)
+    found, seconds = search(earlier, as_pictures(copies, side), thresholds[0])
+    alike, its_seconds = search(earlier, as_pictures(fresh, side), thresholds[0])
+
+    rows = []
     for threshold in thresholds:
-        found, alike = ({k: pair for k, pair in each.items() if pair[1] >= threshold} for each in (all_found, all_alike))
-        hit = np.array([found.get(k, (None,))[0] == i for k, i in enumerate(originals)])
-        print(f"  threshold {threshold:.2f}{' (in use)' if threshold == in_use else ''}: recall {hit.mean():.3f} ("
-              + ", ".join(f"{kind} {hit[[k == kind for k in kinds]].mean():.2f}" for kind in CHANGES)
-              + f"), test pictures named {len(alike) / len(fresh):.3f}, {seconds + its_seconds:.1f} s")
-    if peer:
-        print_peer(train, planted, originals, fresh)
+        matches = [found.get(k, (None, 0.0)) for k in range(len(copies))]
+        hits = [i == j and likeness >= threshold for i, (j, likeness) in zip(originals, matches)]
+        hits = np.array(hits)
+        named = sum(likeness >= threshold for _, likeness in alike.values())
+        shares = [hits.mean(), *(hits[kinds == kind].mean() for kind in CHANGES)]
+        title = f"{threshold:.2f}{' (in use)' if threshold == in_use else ''}"
+        row = [title, *(f"{100 * share:.0f}" for share in shares)]
+        rows.append([*row, f"{100 * named / len(fresh):.1f}"])
+    print(
+        f"\n{folder.name}: {len(train)} earlier pictures at {side} px, {len(copies)} planted "
+        f"copies, {len(fresh)} test pictures; {seconds + its_seconds:.1f} s\n"
+    )
+    print_table(["found, %, by likeness", "all", *CHANGES, "test pictures named, %"], rows)
+    if imagededup:
+        measure_imagededup(train, originals, copies, fresh)
 
 
-def print_peer(train, planted, originals, fresh):
+def measure_imagededup(train, originals, copies, fresh):
     """The same through imagededup's perceptual hash at its default distance."""
     from imagededup.methods import PHash
+
     with tempfile.TemporaryDirectory() as home:
-        for name, images in (("a", train), ("p", planted), ("t", fresh)):
+        for letter, images in (("a", train), ("p", copies), ("t", fresh)):
             for number, image in enumerate(images):
-                image.save(Path(home) / f"{name}{number}.png")
+                image.save(Path(home) / f"{letter}{number}.png")
         start = time.perf_counter()
         found = PHash(verbose=False).find_duplicates(image_dir=home)
         seconds = time.perf_counter() - start
     hits = [f"a{i}.png" in found[f"p{k}.png"] for k, i in enumerate(originals)]
-    cries = [any(name.startswith("a") for name in found[f"t{k}.png"]) for k in range(len(fresh))]
-    print(f"  imagededup PHash: recall {np.mean(hits):.3f}, test pictures named {np.mean(cries):.3f}, {seconds:.1f} s (reading included)")
+    named = []
+    for k in range(len(fresh)):
+        named.append(any(name.startswith("a") for name in found[f"t{k}.png"]))
+    print(
+        f"\nimagededup PHash: {100 * np.mean(hits):.0f} % found, {100 * np.mean(named):.1f} % of "
+        f"the test pictures named, {seconds:.1f} s with reading"
+    )
 
 
-def scale(n):
-    """Time and memory for n pictures, half of them earlier, made of random blobs."""
+def measure_scale(n, side=64):
+    """Time and memory for n pictures of random blobs, half of them earlier."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as home:
-        pixels = np.lib.format.open_memmap(Path(home) / "images.npy", "w+", np.uint8, (n, 64, 64, 3))
+        shape = (n, side, side, 3)
+        pixels = np.memmap(Path(home) / "images.bin", np.uint8, "w+", shape=shape)
         for start in range(0, n, 1000):
-            coarse = torch.from_numpy(rng.integers(0, 256, (min(1000, n - start), 3, 12, 12)).astype(np.float32))
-            pixels[start:start + 1000] = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic").clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).numpy()
-        pictures = data.whole(data.Pack(Path("made"), pixels, [""] * n, np.zeros(n, int), [], "", [], []))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            count = min(1000, n - start)
+            coarse = rng.integers(0, 256, (count, 3, 12, 12)).astype(np.float32)
+            blobs = F.interpolate(torch.from_numpy(coarse), size=(side, side), mode="bicubic")
+            blobs = blobs.clamp(0, 255).to(torch.uint8)
+            pixels[start:start + count] = blobs.permute(0, 2, 3, 1).numpy()
+        pictures = in_memory(pixels)
+        before = peak_memory()
         start = time.perf_counter()
         found = duplicates.near_copies(pictures, np.repeat([0, n // 2], [n // 2, n - n // 2]))
         seconds = time.perf_counter() - start
-    print(f"{n} pictures: {seconds:.1f} s, peak memory {before / 1024:.0f} -> {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, {len(found)} named")
+    more = peak_memory() - before
+    print(f"{n} pictures: {seconds:.1f} s, {more:.0f} MiB more memory, {len(found)} named")
+
+
+def peak_memory():
+    """The largest memory this process has used so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sets", nargs="+", type=Path, default=[], metavar="DIR")
-    p.add_argument("--side", type=int, default=224, help="px of the packs (the embedded set's are 64 by default)")
-    p.add_argument("--scale", nargs="+", type=int, default=[], metavar="N")
-    p.add_argument("--peer", action="store_true", help="also imagededup, which must be installed")
+    p = cli.parser(__doc__)
+    p.add_argument("--sets", nargs="+", type=Path, default=[], metavar="DIR",
+                   help="ImageFolders with train/ and test/")
+    p.add_argument("--side", type=cli.positive_int, default=224,
+                   help="px at which pictures are compared")
+    p.add_argument("--scale", nargs="+", type=cli.positive_int, default=[], metavar="N",
+                   help="numbers of made pictures to measure time and memory with")
+    p.add_argument("--imagededup", action="store_true", help="the package imagededup as well")
     args = p.parse_args()
+    if args.imagededup and find_spec("imagededup") is None:
+        raise UserError("--imagededup: the package imagededup is not installed")
     for folder in args.sets:
-        measure(folder, args.side, args.peer)
+        measure(folder, args.side, args.imagededup)
     for n in args.scale:
-        scale(n)
+        measure_scale(n)
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
