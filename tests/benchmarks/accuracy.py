@@ -1,20 +1,22 @@
 """Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real pictures.
 
     python tests/benchmarks/accuracy.py --data DIR --weights DIR     # 6 sets, 3 seeds: 10 hours
-    python tests/benchmarks/accuracy.py --data DIR --weights DIR --sets neu_cls_10 --seeds 0
+    python tests/benchmarks/accuracy.py --data DIR --weights DIR --sets neu_cls_10 \\
+        --student-weights FILE                                   # students start warm
     python tests/benchmarks/accuracy.py --table                      # from the CSV alone, 5 s
 
 A set and seed take 21 to 32 minutes on two cores, mvtec_screw 68. Runs the scripts as a user would,
-in runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and seed whose
-rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled pictures,
-initialisation, order and views. Of each class, `labelled` pictures train and half as many (at least
-4) validate; with a pool, the other training pictures lose their labels.
+in runs/accuracy/<set>/seed_N_<start>/; a stage that finished is not run again, and a set and seed
+whose rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled
+pictures, initialisation, order and views. Of each class, `labelled` pictures train and half as many
+(at least 4) validate; with a pool, the other training pictures lose their labels.
 
     data/<folder>/{train,test}/<class>/*   the sets below; elpv is written from the package
                                            elpv-dataset, the embedded set is drawn
     weights/<timm name>.safetensors        of the two pretrained teachers
 
-Students start from scratch. All have the same steps, augmentation and rule of selection.
+Students, stand-alone and distilled alike, start from scratch (cold) or from --student-weights
+(warm). All have the same steps, augmentation and rule of selection.
 """
 
 import json
@@ -49,7 +51,7 @@ TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 EXTRA_CNN = "resnet10t"  # from scratch
 BATCH = 24
 FIELDS = (
-    "set", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
+    "set", "seed", "start", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
     "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds",
     "code",  # the commit when the row was written
 )
@@ -88,6 +90,8 @@ TASKS = {
     "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150, views=CROPS),
     "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, group=r"^(\d+)_"),
     "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # solar cells, good or defective
+    "neu_cls_all": Task("neu_cls", 0, False, 70, 800, 150, views=CROPS),
+    "elpv_all": Task("elpv", 0, False, 70, 800, 150),
     "embedded": Task("embedded", 0, True, 70, 800, 150),
     "mvtec_screw": Task(
         "mvtec_screw", 0, False, 168, 400, 150, views=("rotate=180",), flags=("--balance-classes",)
@@ -187,7 +191,7 @@ def epochs_for(steps, pictures):
     return max(1, round(steps / -(-pictures // BATCH)))
 
 
-def stages(task, data, home, weights, seed):
+def stages(task, data, home, weights, seed, student_weights=None):
     """(name, command words) of one set and seed, in order."""
     labelled = count_files(data / "train")
     pooled = labelled + count_files(data / "unlabelled")
@@ -211,7 +215,8 @@ def stages(task, data, home, weights, seed):
 
     def distil(ensemble, student, epochs, *more):
         words = ["distill.py", home / ensemble, "--epochs", epochs, "--output", home / student]
-        return [*words, *more, *task.flags, *rest]
+        start = ["--weights", student_weights] if student_weights else []
+        return [*words, *more, *start, *task.flags, *rest]
 
     yield "ensemble", build("ensemble", "--unlabelled", "none")
     yield "alone", distil("ensemble", "alone", passes, "--alpha", 0)
@@ -232,19 +237,20 @@ def stages(task, data, home, weights, seed):
     yield "evaluate", ["evaluate.py", *models, "--data-dir", data, *compare]
 
 
-def run(name, seed, args):
+def run(name, seed, start, args):
     """Run what is missing of one set and seed, then append its rows to the CSV."""
-    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
+    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}_{start}"
     if task.folder == "embedded":
         data = data_folder(EMBEDDED)
     else:
         data = lay_out(task, source_of(task, args.data, home), home, seed)
-    seconds = run_stages(stages(task, data, home, args.weights, seed), home)
-    append_rows(args.csv, FIELDS, results(name, seed, home, seconds))
+    todo = stages(task, data, home, args.weights, seed, args.student_weights)
+    seconds = run_stages(todo, home)
+    append_rows(args.csv, FIELDS, results((name, seed, start), home, seconds))
 
 
-def results(name, seed, home, seconds):
-    """One row per model and test set from the report."""
+def results(key, home, seconds):
+    """One row per model and test set from the report. key: (set, seed, start)."""
     report = json.loads((home / "report" / "metrics.json").read_text())
     command = ["git", "rev-parse", "--short", "HEAD"]
     code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -261,7 +267,7 @@ def results(name, seed, home, seconds):
             scores = [s[key] for key in ("accuracy", "balanced_accuracy", "nll", "ece")]
             scores += [difference["difference"], *difference["interval"]]
             rounded = [round(value, 5) for value in scores]
-            yield [name, seed, part, test_set, s["n"], *rounded, steps, taken, code]
+            yield [*key, part, test_set, s["n"], *rounded, steps, taken, code]
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -442,6 +448,8 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
+    p.add_argument("--student-weights", type=Path, metavar="FILE",
+                   help="a ResNet18 that students start from (default: from scratch)")
     p.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="NAME",
                    help="which sets to run")
     p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
@@ -453,17 +461,21 @@ def main():
     if not args.table:
         if not (args.data and args.weights):
             p.error("--data and --weights are needed to run anything")
+        start = "warm" if args.student_weights else "cold"
         for seed in args.seeds:  # one seed of every set before the next
             for name in args.sets:
-                if not select(read_rows(args.csv), set=name, seed=str(seed)):
-                    run(name, seed, args)
+                if not select(read_rows(args.csv), set=name, seed=str(seed), start=start):
+                    run(name, seed, start, args)
 
-    rows = read_rows(args.csv)
-    for name in values_of(rows, "set"):
-        print_set(rows, name)
-    print_models(rows)
-    print_figures(rows)
-    print_means(rows)
+    everything = read_rows(args.csv)
+    for start in values_of(everything, "start"):
+        rows = select(everything, start=start)
+        print(f"\n== students that start {start}")
+        for name in values_of(rows, "set"):
+            print_set(rows, name)
+        print_models(rows)
+        print_figures(rows)
+        print_means(rows)
     print(
         "\n(sd): standard deviation over seeds. ±: half the width of a 95 % interval over test "
         "pictures and,\nwhere there are several, seeds (Student's t); a mean over sets takes these "
