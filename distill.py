@@ -31,7 +31,7 @@ from common.threshold import good_class
 from common.views import ViewRecipe, render
 
 STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain ends in a few minutes
-CALIBRATION_BATCH = 32
+CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
 
 def parse_arguments():
@@ -76,8 +76,6 @@ def parse_arguments():
     g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
                    help="points of validation accuracy that student.int8.ts may lose, or one "
                    "picture; else it is not written")
-    g.add_argument("--calibration-pictures", type=cli.positive_int, default=512,
-                   help="training views the int8 ranges are measured on")
     cli.add_reading_flags(p)
     return p.parse_args()
 
@@ -170,7 +168,7 @@ def plan_steps(pictures, data, args):
     default = training.epochs_for(STEPS, steps)
     epochs = args.epochs or (EMBEDDED_EPOCHS if folders.is_embedded(data["dir"]) else default)
     return training.Schedule(
-        epochs, steps, args.lr, args.warmup, args.ema_decay, args.clip_grad, args.seed
+        epochs, steps, args.lr, args.ema_decay, args.clip_grad, args.seed
     )
 
 
@@ -190,7 +188,7 @@ def export_best(output, pictures, val, ensemble, args):
     student, state = models.load_model(output / "best.pt", torch.device("cpu"))
     recipe = ViewRecipe.from_record(ensemble["view_recipe"])
     order = np.random.default_rng(args.seed).permutation(len(pictures))
-    some = order[: args.calibration_pictures]
+    some = order[:CALIBRATION_PICTURES]
 
     def views():
         for part in np.array_split(some, -(-len(some) // CALIBRATION_BATCH)):

@@ -80,7 +80,7 @@ def main():
     found, lines = None, []
     if audited:
         audited = {**audited, **pictures}
-        found = audit.audit(audited, args.cache_dir)
+        found = audit.audit(audited, cli.CACHE)
         lines = audit.describe(found, first["classes"], known[0]["group_regex"])
     print("".join(f"audit: {line}\n" for line in lines), end="")
     watch.lap("audit")

@@ -25,6 +25,7 @@ from common.losses import class_weights
 from common.views import ViewRecipe, render
 
 STEPS = 600
+LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 EMBEDDED = {"levit_conv_128s": 300, "resnet10t": 900}  # steps on the embedded set, a few minutes
 
 
@@ -60,8 +61,6 @@ def parse_arguments():
                    help="share of train/ held out where there is no val/")
     g.add_argument("--group-regex", type=cli.regex,
                    help="pictures whose path gives the same first match group stay on one side")
-    g.add_argument("--split-seed", type=cli.natural, default=0,
-                   help="decides which pictures are held out")
     cli.add_white_level_flag(g)
     leaks = g.add_mutually_exclusive_group()
     leaks.add_argument("--drop-leaks", action="store_true",
@@ -69,15 +68,7 @@ def parse_arguments():
     leaks.add_argument("--allow-leakage", action="store_true",
                        help="train although test pictures are among the training pictures")
 
-    g = cli.add_training_flags(p)
-    g.add_argument("--label-smoothing", type=cli.fraction, default=0.1,
-                   help="share of the label spread over all classes")
-    g.add_argument("--backbone-lr", type=cli.positive_float,
-                   help="share of --lr for the last block of a pretrained backbone "
-                   "(default: 0.1 for transformers, 1 for CNNs)")
-    g.add_argument("--layer-decay", type=cli.positive_float,
-                   help="learning rate of each earlier block of a pretrained backbone over the "
-                   "next one's (default: 0.75 for transformers, 0.95 for CNNs)")
+    cli.add_training_flags(p)
     cli.add_reading_flags(p)
     return p.parse_args()
 
@@ -145,7 +136,6 @@ def open_pictures(args):
         "view_size": args.view_size or folders.default_view_size(folder),
         "white_level": args.white_level,
         "val_fraction": args.val_fraction,
-        "split_seed": args.split_seed,
         "group_regex": args.group_regex,
         "dropped": [],
     })
@@ -175,8 +165,6 @@ def create(name, weights, record, args):
     if not (args.pretrained or weights):
         return model, models.parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
-    backbone_lr = args.backbone_lr or backbone_lr
-    layer_decay = args.layer_decay or layer_decay
     return model, models.parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)
 
 
@@ -188,7 +176,7 @@ def plan_steps(name, epochs, pictures, record, args):
         steps = EMBEDDED.get(name, STEPS) if embedded else STEPS
         epochs = training.epochs_for(steps, steps_per_epoch)
     return training.Schedule(
-        epochs, steps_per_epoch, args.lr, args.warmup, args.ema_decay, args.clip_grad, args.seed
+        epochs, steps_per_epoch, args.lr, args.ema_decay, args.clip_grad, args.seed
     )
 
 
@@ -208,7 +196,7 @@ def fit(run, train, val, recipe, args, watch):
                 logits = model(pixels)
             # Class weights stand outside: inside, torch would apply them to the smoothed share too.
             each = F.cross_entropy(
-                logits.float(), labels, label_smoothing=args.label_smoothing, reduction="none"
+                logits.float(), labels, label_smoothing=LABEL_SMOOTHING, reduction="none"
             )
             run.step((weight_of[labels] * each).mean())
         watch.lap("training")

@@ -15,10 +15,11 @@ from common.images import WHITE_LEVEL, DecodedCache
 
 # Flags that do not decide what a training computes, so that a resumed run may change them.
 FREE_ON_RESUME = {
-    "resume", "overwrite", "device", "workers", "cache_dir", "skip_bad", "output", "data_dir",
+    "resume", "overwrite", "device", "workers", "skip_bad", "output", "data_dir",
     "unlabelled", "model", "weights", "good_class", "max_miss_rate", "max_false_alarm_rate",
-    "max_int8_drop", "calibration_pictures",
+    "max_int8_drop",
 }
+CACHE = "runs/decoded"  # folder of the decoded pictures
 
 
 def run(main):
@@ -97,8 +98,10 @@ def stored_recipe(recipe_class, record, path):
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows the script's docstring as it is, and each flag's default."""
 
-    def _get_help_string(self, action):  # where it is None, the help line says what happens
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        """The help line alone where there is no default to show, or it says what happens itself."""
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parser(docstring):
@@ -119,13 +122,12 @@ def add_reading_flags(p):
                    help="threads that decode pictures")
     g.add_argument("--skip-bad", action="store_true",
                    help="leave unreadable pictures out, and say so")
-    g.add_argument("--cache-dir", default="runs/decoded", help="folder for decoded pictures")
     return g
 
 
 def decoded_cache(args):
     """The cache that `add_reading_flags` describes."""
-    return DecodedCache(args.cache_dir, args.workers, args.skip_bad)
+    return DecodedCache(CACHE, args.workers, args.skip_bad)
 
 
 def add_white_level_flag(g):
@@ -142,8 +144,6 @@ def add_training_flags(p):
                    help="peak learning rate of new layers")
     g.add_argument("--weight-decay", type=non_negative_float, default=0.05,
                    help="AdamW's weight decay")
-    g.add_argument("--warmup", type=fraction, default=0.1,
-                   help="share of all steps with rising learning rate")
     g.add_argument("--ema-decay", type=fraction, default=0.998,
                    help="decay per step of the averaged weights; 0 is off")
     g.add_argument("--clip-grad", type=non_negative_float, default=1.0,

@@ -184,7 +184,7 @@ def export_student(student, val, views, facts, limits, folder):
     if lost > 1 and drop > limits.max_int8_drop:  # a single picture is chance
         print(
             f"{int8_file} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
-            "try more --calibration-pictures or allow a larger drop"
+            f"use {float_file} or allow a larger drop"
         )
         return
     facts = {**facts, "precision": "int8", "int8_drop": drop, "int8_disagreement": differ}

@@ -1,7 +1,7 @@
 """Picture files -> decoded cache: read once, resized, stored as one memory-mapped uint8 array.
 
-    <cache-dir>/<folder>-<side>-<hash of its path>/images.bin   uint8 [N, S, S, 3], RGB
-                                                  /index.json   path, sha256, size of each picture
+    runs/decoded/<folder>-<side>-<hash of its path>/images.bin   uint8 [N, S, S, 3], RGB
+                                                   /index.json   path, sha256, size of each picture
 
 Every opening hashes the bytes of all files (about a second per GB), since names, sizes and time
 stamps can stay while the contents change; then the array is made again. The array is hashed too.

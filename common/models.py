@@ -103,13 +103,28 @@ def wake_residual_branches(backbone):
             nn.init.ones_(module.weight)
 
 
+class ResNet18(torchvision.models.ResNet):
+    """torchvision's ResNet18, with the two methods that timm asks for to find layers."""
+
+    def __init__(self, classes):
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=classes)
+
+    def get_classifier(self):
+        """The head."""
+        return self.fc
+
+    def group_matcher(self, coarse=False):
+        """Patterns that tell stem and blocks by the names of parameters."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)\.(\d+)"}
+
+
 def create_student(classes, img_size, pretrained=False, weights=None):
     """torchvision's ResNet18 as a `Classifier`, from scratch or from weights without their head.
 
     classes: their number; img_size: px; weights: path of a state dict in torchvision's key names,
     .safetensors or torch's format. Raises UserError when weights cannot be had or do not fit.
     """
-    backbone = torchvision.models.resnet18(num_classes=classes)
+    backbone = ResNet18(classes)
     if weights is not None:
         fill(backbone, read_state_dict(weights), f"--weights {weights}")
     elif pretrained:

@@ -3,7 +3,7 @@
 A data record is a dict that every stage passes on, so that all see the same split:
 
     dir, view_size, white_level              what is read, and how
-    val_fraction, split_seed, group_regex    how a part of train/ is held out where there is no val/
+    val_fraction, group_regex                how a part of train/ is held out where there is no val/
     dropped                                  training pictures that a test set holds, left out
     classes, fingerprint                     what was found; compared when a later stage opens it
 """
@@ -116,8 +116,7 @@ def open_training(cache, record):
     else:
         below = [path.split("/", 1)[1] for path in train.paths()]
         groups = groups_of(below, record["group_regex"])
-        share, seed = record["val_fraction"], record["split_seed"]
-        kept, held = hold_out(train.labels.numpy(), groups, share, seed)
+        kept, held = hold_out(train.labels.numpy(), groups, record["val_fraction"])
         train, val = train.take(kept), train.take(held)
 
     found = {**record, "dir": folder.as_posix(), "classes": classes, "fingerprint": fingerprint}
@@ -157,7 +156,7 @@ def groups_of(paths, pattern):
     return [match.group(1) or path if match else path for match, path in zip(matches, paths)]
 
 
-def hold_out(labels, groups, share, seed):
+def hold_out(labels, groups, share, seed=0):
     """Split rows into (train, val), whole groups at a time, each class near its share.
 
     labels: int [N]; groups: N names; share: of each class to hold out. Groups are visited in an

@@ -29,6 +29,7 @@ from common.metrics import score
 from common.models import precision, predict
 from common.views import batch_plan
 
+WARMUP = 0.1  # share of all steps with rising learning rate
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 WRITTEN = ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts")
 
@@ -37,14 +38,13 @@ WRITTEN = ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts")
 class Schedule:
     """How long and how fast: AdamW, linear warm-up, then a cosine down to a thousandth.
 
-    lr: at the peak; warmup: share of all steps; ema_decay: per step, of the averaged weights, 0 is
-    off; clip_grad: largest gradient norm, 0 is off; seed: of the order, of dropout and the like.
+    lr: at the peak; ema_decay: per step, of the averaged weights, 0 is off; clip_grad: largest
+    gradient norm, 0 is off; seed: of the order, of dropout and the like.
     """
 
     epochs: int
     steps_per_epoch: int
     lr: float
-    warmup: float
     ema_decay: float
     clip_grad: float
     seed: int
@@ -92,7 +92,7 @@ class Run:
             t_initial=schedule.steps,
             lr_min=schedule.lr * 1e-3,
             t_in_epochs=False,
-            warmup_t=round(schedule.warmup * schedule.steps),
+            warmup_t=round(WARMUP * schedule.steps),
             warmup_lr_init=schedule.lr * 1e-2,
             warmup_prefix=False,
         )
