@@ -22,9 +22,9 @@ from tqdm import tqdm
 from common import cli, folders, labels, models, splits
 from common.calibration import fit_temperature, fit_weights
 from common.checkpoints import peek
-from common.ensemble import SCHEMA, CachedLogits, load_ensemble, view_file, write_view
+from common.ensemble import SCHEMA, CachedLogits, begin, load_ensemble, view_file, write_view
 from common.errors import UserError, require_same
-from common.files import exclusive, file_sha256, load_json, save_json, versions
+from common.files import exclusive, file_sha256, save_json, versions
 from common.losses import mixture
 from common.metrics import score
 from common.views import ViewRecipe, render
@@ -187,25 +187,6 @@ def describe_teachers(paths, records):
         }
         for path, record in zip(paths, records)
     ]
-
-
-def begin(folder, spec, overwrite):
-    """Start or continue a build: refuse a folder of another one, and keep the views of this one."""
-    path = folder / "ensemble.json"
-    if path.is_file():
-        old = load_json(path)
-        old = {name: old.get(name) for name in spec}
-        if old != spec and not overwrite:
-            remedy = "use --overwrite or another --output"
-            require_same(spec, old, f"{folder} holds another ensemble", remedy)
-        if old != spec:
-            for file in folder.glob("view_*.npy"):
-                file.unlink()
-    elif any(folder.glob("view_*.npy")):
-        raise UserError(
-            f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
-        )
-    save_json(spec, path)
 
 
 def combine(val_logits, val_labels, mixing, paths):

@@ -55,9 +55,10 @@ def parse_arguments():
 
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
-    names = args.model or find_models()
-    if args.baseline and args.baseline not in names:
-        names.insert(0, args.baseline)
+    names = [Path(name).as_posix() for name in args.model or find_models()]
+    baseline = Path(args.baseline).as_posix() if args.baseline else None
+    if baseline and baseline not in names:
+        names = [baseline, *names]
     device = cli.pick_device(args.device)
 
     # What is to be measured, on what.
@@ -88,15 +89,15 @@ def main():
     # What do the models say, and which is better?
     results, answers = evaluate(subjects, tests, device, args.batch_size)
     watch.lap("models")
-    if args.baseline:
-        compare(results, answers, args.baseline, pictures)
+    if baseline:
+        compare(results, answers, baseline, pictures)
     add_agreement(results, answers)
-    tables.print_table(results, list(pictures), args.baseline)
+    tables.print_table(results, list(pictures), baseline)
     tables.print_operating_points(results)
     findings = {
         "models": results,
         "classes": first["classes"],
-        "baseline": args.baseline,
+        "baseline": baseline,
         "audit": found,
         "audit_lines": lines,
         "doubtful": doubtful_labels(subjects, answers, pictures, audited),
@@ -153,19 +154,27 @@ def training_sets(known, subjects, args):
     if not known:
         print("audit: left out; an exported file does not say which pictures it was trained on")
         return {}
-    moved = {"dir": args.data_dir} if args.data_dir and not args.test_dirs else {}
-    pools = [subject.record.get("unlabelled") for subject in subjects.values()]
-    pools = [pool["dir"] for pool in pools if pool]
+    moved = {}
+    if args.data_dir and (Path(args.data_dir) / "train").is_dir() and not args.test_dirs:
+        moved = {"dir": args.data_dir}
     cache = cli.decoded_cache(args)
     try:
         train, val, data = splits.open_training(cache, {**known[0], **moved})
-        sets = {"train": train, "val": val}
-        pool = folders.pool_folder(data["dir"], pools[0] if pools else None)
-        if pool:
-            sets["unlabelled"] = splits.open_unlabelled(cache, pool, data)
     except UserError as error:
         print(f"audit: left out, since the training pictures are not here as they were ({error})")
         return {}
+    sets = {"train": train, "val": val}
+
+    # The pool of the ensemble; of students alone what lies in the data folder.
+    ensembles = [s.record["unlabelled"] for s in subjects.values() if s.kind == "ensemble"]
+    try:
+        if ensembles and ensembles[0]:
+            sets["unlabelled"] = splits.open_same_pool(cache, None, data, ensembles[0])
+        elif not ensembles and folders.pool_folder(data["dir"]):
+            pool = folders.pool_folder(data["dir"])
+            sets["unlabelled"] = splits.open_unlabelled(cache, pool, data)
+    except UserError as error:
+        print(f"audit: without the unlabelled pictures ({error})")
     return sets
 
 

@@ -82,8 +82,9 @@ def main():
     # A run is never overwritten unasked. An interruption may leave teachers that had not begun.
     homes = [Path(args.output) / name for name in args.model]
     begun = [home for home in homes if (home / "last.pt").is_file()]
-    for home in begun if args.resume and begun else homes:
-        training.check_run_folder(home, args.resume, args.overwrite)
+    for home in homes:
+        resume = args.resume and (home in begun or not begun)
+        training.check_run_folder(home, resume, args.overwrite)
 
     with ExitStack() as held:
         for home in homes:

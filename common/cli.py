@@ -13,9 +13,10 @@ import torch
 from common.errors import UserError, first_line
 from common.images import WHITE_LEVEL, DecodedCache
 
-# Flags that do not decide what a training computes, so that a resumed run may change them.
+# Flags that a resumed run may change: they do not decide what a training computes, or what they
+# decide is compared by itself (epochs with the schedule, weights by whether there are any).
 FREE_ON_RESUME = {
-    "resume", "overwrite", "device", "workers", "skip_bad", "output", "data_dir",
+    "resume", "overwrite", "epochs", "device", "workers", "skip_bad", "output", "data_dir",
     "unlabelled", "model", "weights", "good_class", "max_miss_rate", "max_false_alarm_rate",
     "max_int8_drop",
 }

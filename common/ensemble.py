@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError
-from common.files import atomic_path, file_sha256, load_json
+from common.errors import UserError, require_same
+from common.files import atomic_path, file_sha256, load_json, save_json
 from common.losses import mixture
 
 SCHEMA = 3
@@ -47,6 +47,37 @@ def load_ensemble(folder):
             "run build_ensemble.py again, it goes on where it stopped"
         )
     return record
+
+
+def begin(folder, spec, overwrite):
+    """Start or continue a build: refuse a folder of another one, and keep the views of this one."""
+    path = folder / "ensemble.json"
+    if path.is_file():
+        old, new = identity(load_json(path)), identity(spec)
+        if old != new and not overwrite:
+            remedy = "use --overwrite or another --output"
+            require_same(new, old, f"{folder} holds another ensemble", remedy)
+        if old != new:
+            for file in folder.glob("view_*.npy"):
+                file.unlink()
+    elif any(folder.glob("view_*.npy")):
+        raise UserError(
+            f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
+        )
+    save_json(spec, path)
+
+
+def identity(spec):
+    """What makes an ensemble what it is, wherever its pictures and teachers lie, as plain data."""
+    data, pool = spec.get("data") or {}, spec.get("unlabelled") or {}
+    teachers = [teacher.get("weights_sha256") for teacher in spec.get("teachers") or []]
+    kept = ("schema", "pictures", "view_recipe", "seed", "dtype")
+    return {
+        **{name: spec.get(name) for name in kept},
+        **{f"data {name}": value for name, value in data.items() if name != "dir"},
+        "unlabelled": pool.get("fingerprint"),
+        "teachers": teachers,
+    }
 
 
 class CachedLogits:

@@ -139,7 +139,7 @@ class DecodedCache:
                 "white_level": white_level,
                 "files": [list(row) for row in zip(paths, digests)],
             }
-            home = self.home_of(folder, side)
+            home = self.home_of(folder, side, white_level)
             index = read_index(home, wanted)
             if index is None:
                 index = decode_folder(folder, home, wanted, pool)
@@ -161,9 +161,10 @@ class DecodedCache:
             fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         )
 
-    def home_of(self, folder, side):
+    def home_of(self, folder, side, white_level):
         """The cache's folder for one folder of pictures."""
-        key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
+        read = os.fsencode(folder.resolve()) + str(white_level).encode()
+        key = hashlib.sha256(read).hexdigest()[:8]
         return self.home / f"{folder.name}-{side}-{key}"
 
 
@@ -231,7 +232,8 @@ def decode_file(path, digest, side, white_level):
     except Exception as error:  # Pillow raises many kinds for damaged files
         if data == b"":
             return None, "the file is empty"
-        return None, f"{type(error).__name__}: {first_line(error)}"
+        reason = first_line(error).split(" <_io")[0]  # the path is told beside it
+        return None, f"{type(error).__name__}: {reason}"
 
 
 def warn_if_dark(folder, index):

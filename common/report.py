@@ -85,8 +85,9 @@ def shown_model(models, baseline):
     def rank(name):
         weights = weights_of(models[name])
         of_baseline = weights is not None and weights == theirs
-        kind = {"exported": 0, "student": 1}.get(models[name]["kind"], 2)
-        return name == baseline, of_baseline, kind, weights in alone, ".int8" in name
+        kind = {"exported": 0, "student": 1, "ensemble": 2}.get(models[name]["kind"], 3)
+        accuracy = models[name]["mean_accuracy"]
+        return name == baseline, of_baseline, kind, weights in alone, ".int8" in name, -accuracy
 
     return min(models, key=rank)
 
@@ -103,7 +104,8 @@ def answer(models, baseline, shown):
     """
     name, verdict = shown, None
     for student in of_kind(models, "student"):
-        if shown != baseline and weights_of(models[student]) == weights_of(models[shown]):
+        same = weights_of(models[student]) == weights_of(models[shown])
+        if same and baseline not in (shown, student):
             name = student
     if baseline and name != baseline:
         low, high = models[name]["minus_baseline"]["interval"]

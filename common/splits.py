@@ -81,15 +81,19 @@ def open_same_pool(cache, folder, record, pool):
     """The unlabelled pictures of an ensemble, or None where it has none.
 
     pool: {"dir", "fingerprint"} as ensemble.json has it, or None; folder: where they lie now, None
-    for where they lay. Raises UserError where they are not the same.
+    for where they lay or, where the data folder has moved, in that. Raises UserError where they are
+    not the same.
     """
     if pool is None:
         return None
-    pictures = open_unlabelled(cache, folder or pool["dir"], record)
+    beside = Path(record["dir"]) / "unlabelled"
+    if folder is None:
+        folder = pool["dir"] if Path(pool["dir"]).is_dir() or not beside.is_dir() else beside
+    pictures = open_unlabelled(cache, folder, record)
     require_same(
         {"unlabelled": pool["fingerprint"]},
         {"unlabelled": pictures.fingerprint()},
-        f"{folder or pool['dir']} against the ensemble",
+        f"{folder} against the ensemble",
         "give the --unlabelled folder it was made from, or build it again",
     )
     return pictures

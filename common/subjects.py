@@ -98,7 +98,8 @@ def measure(file, subject, sets, device, batch_size):
         module = export.load_exported(file)[0]
 
         def network(pixels):
-            return module(pixels.to(torch.uint8)).clamp(min=1e-12).log()
+            with torch.autocast("cpu", enabled=False):  # as a device runs it
+                return module(pixels.to(torch.uint8)).clamp(min=1e-12).log()
     else:
         network = models.load_model(file, device)[0]
         parameters = sum(p.numel() for p in network.parameters())

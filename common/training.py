@@ -65,7 +65,8 @@ def check_run_folder(folder, resume, overwrite):
     last = Path(folder) / "last.pt"
     if resume and not last.is_file():
         raise UserError(f"--resume: {last} does not exist; leave --resume out to start")
-    if last.is_file() and not (resume or overwrite):
+    written = any((Path(folder) / name).is_file() for name in WRITTEN)
+    if written and not (resume or overwrite):
         raise UserError(
             f"{folder}: holds a run already; use --resume, --overwrite or another --output"
         )
@@ -121,26 +122,22 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             return
         state = load(self.folder / "last.pt")
+        remedy = "resume with the flags the run began with"
         same = [key for key in {**state["args"], **self.record["args"]} if key not in may_differ]
         require_same(
             {key: state["args"].get(key) for key in same},
             {key: self.record["args"].get(key) for key in same},
             "--resume",
-            "resume with the flags the run began with",
+            remedy,
         )
-        require_same(
-            {"data": state["data"]["fingerprint"], "ensemble": state.get("ensemble_sha256")},
-            {
-                "data": self.record["data"]["fingerprint"],
-                "ensemble": self.record.get("ensemble_sha256"),
-            },
-            "--resume",
-            "the pictures changed or the ensemble was built anew; begin again with --overwrite",
-        )
+        require_same(state["schedule"], asdict(self.schedule), "--resume", remedy)
+        require_same(made_from(state), made_from(self.record), "--resume",
+                     "the pictures changed or the ensemble was built anew; use --overwrite")
         self.ema.module.load_state_dict(state["state_dict"])
         self.model.load_state_dict(state["raw_state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where it was not in use
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         self.steps_done = self.epoch * self.schedule.steps_per_epoch
         print(f"resuming {self.folder} after epoch {self.epoch}")
@@ -245,6 +242,17 @@ class Run:
         }
         save({**state, **rest}, self.folder / "last.pt")
         write_log(self.folder / "log.csv", self.history)
+
+
+def made_from(record):
+    """What a resumed run must find as it was: pictures, soft targets, whether it starts warm."""
+    args = record["args"]
+    return {
+        "data": record["data"]["fingerprint"],
+        "dropped": record["data"]["dropped"],
+        "ensemble": record.get("ensemble_sha256"),
+        "pretrained": bool(args.get("weights") or args.get("pretrained")),
+    }
 
 
 def good_enough(history, n):

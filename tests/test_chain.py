@@ -306,6 +306,41 @@ def test_predictions_hold_every_picture_of_every_model_and_agree_with_the_scores
             assert p[row["prediction"]] == max(p.values())
 
 
+def test_evaluate_says_of_an_exported_file_what_infer_says(tiny):
+    with open(tiny.runs / "report" / "predictions.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "runs/student/student.ts"]
+    words = ["--model", "runs/student/student.ts", "--json", "parts/test", "parts/test_other"]
+    command = [sys.executable, str(ROOT / "infer.py"), *words]
+    run = subprocess.run(command, cwd=tiny.root, capture_output=True, text=True, check=True)
+    verdicts = {}
+    for verdict in map(json.loads, run.stdout.splitlines()):
+        verdicts[verdict["path"].removeprefix("parts/")] = verdict
+    assert len(rows) == len(verdicts) == 96
+    for row in rows:
+        verdict = verdicts[row["path"]]
+        assert row["prediction"] == verdict["class"]
+        for name, p in verdict["probabilities"].items():
+            assert float(row[f"p_{name}"]) == pytest.approx(p, abs=1e-4)
+
+
+def test_a_data_folder_may_move_with_its_pool(inside, tmp_path, capfd):
+    shutil.copytree("parts", tmp_path / "moved")
+    for name in ("ensemble", "student"):
+        shutil.copytree(f"runs/{name}", tmp_path / name)
+    (inside.data / "unlabelled").rename(inside.data / "gone")
+    try:
+        words = ("--data-dir", tmp_path / "moved", *CPU)
+        ensemble, student = tmp_path / "ensemble", tmp_path / "student"
+        assert call(build_ensemble.main, "--views", 3, "--output", ensemble, *words) == 0
+        assert "0 of them to be computed" in capfd.readouterr().out
+        resume = ("--epochs", 15, "-b", 16, "--resume", "--output", student)
+        assert call(distill.main, ensemble, *resume, *words) == 2  # the ensemble was written anew
+        assert call(evaluate.main, ensemble, "--output", tmp_path / "r", *words) == 0
+    finally:
+        (inside.data / "gone").rename(inside.data / "unlabelled")
+    assert read_report(tmp_path / "r")["audit"]["sizes"]["unlabelled"] == 48
+
+
 def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside, tmp_path):
     tests = ("--test-dirs", "parts/test", "parts/test/../test")
     words = ("runs/student/student.ts", "runs/ensemble", *tests, "--output", tmp_path, *CPU)

@@ -122,6 +122,26 @@ def test_run_folders_in_use_and_resume_of_nothing(refused, tmp_path):
     assert "does not exist" in refused(train_teacher, *nothing, *PARTS)
 
 
+def test_a_finished_run_is_not_overwritten_unasked_where_only_best_pt_is_left(refused, tmp_path):
+    (tmp_path / "test_resnet").mkdir()
+    shutil.copy("runs/test_resnet/best.pt", tmp_path / "test_resnet")
+    assert "holds a run already" in refused(train_teacher, *PARTS, "--output", tmp_path)
+    assert (tmp_path / "test_resnet" / "best.pt").is_file()
+
+
+def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused, tmp_path):
+    words, folder = (*PARTS, "--output", tmp_path), tmp_path / "test_resnet"
+    assert call(train_teacher.main, *words) == 0
+    assert "epochs differs" in refused(train_teacher, *words, "--resume", "--epochs", 3)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    state["data"]["dropped"] = ["train/level/l000.png"]
+    torch.save(state, folder / "last.pt")
+    assert "dropped differs" in refused(train_teacher, *words, "--resume")
+    state["data"]["dropped"], state["args"]["weights"] = [], ["somewhere.pt"]
+    torch.save(state, folder / "last.pt")
+    assert "pretrained differs" in refused(train_teacher, *words, "--resume")
+
+
 def test_teachers_that_do_not_belong_together(refused, tmp_path):
     def build(*words):
         return refused(build_ensemble, *words, *CPU)

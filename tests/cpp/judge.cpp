@@ -1,8 +1,8 @@
-// Loads an exported student, feeds it one raw picture (uint8, rows x columns x 3), prints its probabilities.
+// Loads an exported student and prints its probabilities for one raw picture (uint8, H x W x 3).
 //
 //     judge student.ts picture.raw HEIGHT WIDTH
 //
-// Built by tests/test_edge.py against the installed torch; libtorch, the C++ distribution, serves as well.
+// Built by tests/test_edge.py against the installed torch; libtorch serves as well.
 
 #include <torch/script.h>
 
@@ -21,12 +21,14 @@ int main(int argc, char** argv) {
     std::ifstream file(argv[2], std::ios::binary);
     std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
     if (static_cast<long>(bytes.size()) != height * width * 3) {
-        std::fprintf(stderr, "%s: holds %zu bytes, not %ld x %ld x 3\n", argv[2], bytes.size(), height, width);
+        std::fprintf(stderr, "%s: not %ld x %ld x 3 bytes\n", argv[2], height, width);
         return 2;
     }
     c10::InferenceMode guard;
     torch::jit::Module student = torch::jit::load(argv[1]);
     torch::Tensor picture = torch::from_blob(bytes.data(), {height, width, 3}, torch::kUInt8);
     torch::Tensor probabilities = student.forward({picture}).toTensor()[0].contiguous();
-    for (long k = 0; k < probabilities.size(0); ++k) std::printf("%.6f\n", probabilities[k].item<float>());
+    for (long k = 0; k < probabilities.size(0); ++k) {
+        std::printf("%.6f\n", probabilities[k].item<float>());
+    }
 }
