@@ -8,6 +8,7 @@ import torch
 from conftest import CPU, RECORD, call
 from PIL import Image, ImageEnhance
 
+import build_ensemble
 import evaluate
 from common import audit, duplicates, labels, shortcuts, splits
 from common.images import DecodedCache
@@ -171,9 +172,11 @@ def test_neighbours_outvote_a_wrong_label_but_not_a_rare_class():
 def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd):
     copy = inside.data / "unlabelled" / "z_copy.png"
     copy.write_bytes((inside.data / "test" / "level" / "l000.png").read_bytes())
-    try:  # the training pictures are as they were, so only the pool has changed
+    try:
+        words = ("--views", 1, "--output", tmp_path / "e")
+        assert call(build_ensemble.main, *words, *CPU) == 0
         words = ("--test-dirs", "parts/test", "parts/train", "--output", tmp_path / "r")
-        assert call(evaluate.main, "runs/ensemble", *words, *CPU) == 0
+        assert call(evaluate.main, tmp_path / "e", *words, *CPU) == 0
     finally:
         copy.unlink()
     printed = capfd.readouterr().out
