@@ -57,8 +57,7 @@ def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     names = [Path(name).as_posix() for name in args.model or find_models()]
     baseline = Path(args.baseline).as_posix() if args.baseline else None
-    if baseline and baseline not in names:
-        names = [baseline, *names]
+    names = [baseline, *names] if baseline and baseline not in names else names
     device = cli.pick_device(args.device)
 
     # What is to be measured, on what.
@@ -77,8 +76,8 @@ def main():
     watch.lap("pictures")
 
     # Can the pictures be trusted?
-    audited = {} if args.skip_audit else training_sets(known, subjects, args)
     found, lines = None, []
+    audited = {} if args.skip_audit else training_sets(known, subjects, args)
     if audited:
         audited = {**audited, **pictures}
         found = audit.audit(audited, cli.CACHE)

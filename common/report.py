@@ -76,8 +76,8 @@ def what(model):
 def shown_model(models, baseline):
     """The name of the model that the page is about: the distilled student as it goes to the line.
 
-    The first exported file, else student, else any; distilled before stand-alone, float32 before
-    int8. The baseline and files of its weights come last: nobody ships these.
+    An exported file, else a student, else the best ensemble or teacher; float32 before int8. What
+    is stand-alone, the baseline and files of its weights come last.
     """
     theirs = weights_of(models[baseline]) if baseline else None
     alone = [weights_of(m) for m in models.values() if what(m) == "stand-alone student"]
@@ -85,9 +85,9 @@ def shown_model(models, baseline):
     def rank(name):
         weights = weights_of(models[name])
         of_baseline = weights is not None and weights == theirs
-        kind = {"exported": 0, "student": 1, "ensemble": 2}.get(models[name]["kind"], 3)
-        accuracy = models[name]["mean_accuracy"]
-        return name == baseline, of_baseline, kind, weights in alone, ".int8" in name, -accuracy
+        kind = ("exported", "student", "ensemble", "teacher").index(models[name]["kind"])
+        error = 1 - models[name]["mean_accuracy"]
+        return name == baseline, of_baseline, kind, weights in alone, ".int8" in name, error
 
     return min(models, key=rank)
 
@@ -103,14 +103,13 @@ def answer(models, baseline, shown):
     A checkpoint stands for its exported file: it ran as the baseline did. `verdict` may be None.
     """
     name, verdict = shown, None
-    for student in of_kind(models, "student"):
-        same = weights_of(models[student]) == weights_of(models[shown])
-        if same and baseline not in (shown, student):
+    for student in of_kind(models, "student") if shown != baseline else []:
+        if weights_of(models[student]) == weights_of(models[shown]) and student != baseline:
             name = student
     if baseline and name != baseline:
         low, high = models[name]["minus_baseline"]["interval"]
-        verdict = "better than" if low > 0 else "not told apart from"
-        verdict = "worse than" if high < 0 else verdict
+        sure = "better than" if low > 0 else "worse than"
+        verdict = sure if low > 0 or high < 0 else "not told apart from"
     best = max(models, key=lambda each: models[each]["mean_accuracy"])
     return {"name": name, "verdict": verdict, "best": best}
 
