@@ -1,71 +1,132 @@
 """What each part of the recipe is worth: one change at a time, on development pictures.
 
-    python tests/benchmarks/ablations.py --data DIR --weights DIR      # 2 sets, 5 minutes a row
-    python tests/benchmarks/ablations.py --data DIR --weights DIR --sets neu_cls_10 \\
-        --seeds 101 --ablations base "temperature 1"                   # 20 minutes
+    python tests/benchmarks/ablations.py --data DIR --weights DIR --student-weights FILE
+    python tests/benchmarks/ablations.py --data DIR --weights DIR --student-weights FILE \\
+        --groups pool --sets neu_cls_10 --seeds 101 --ablations base "temperature 1"
     python tests/benchmarks/ablations.py --table                       # from the CSV alone, 5 s
 
-The student of accuracy.py that sees the pool (its distilled_pool) is `base`; every other row
-changes one thing. The test split stays shut: of the training pictures that accuracy.py would leave
-without a label, half keep that role, and half are the development set that is scored here. Teachers
-are trained once per set and seed, with seeds from 100 on, which no other benchmark uses. A row that
-is in the CSV is not made again.
+Three groups of rows. pool: the student of accuracy.py that sees the unlabelled pictures is `base`.
+labelled: none is seen. resolution: views are stored at 160 px, the teachers see them at 70, and
+only the student's size changes, with as many steps as take the same time. Every row changes one
+thing of the first row of its group.
+
+The test split stays shut: of the training pictures that accuracy.py would leave without a label,
+half keep that role, and half are the development set that is scored here. Teachers are trained once
+per set and seed, with seeds from 100 on, which no other benchmark uses. A row that is in the CSV is
+not made again.
 """
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from accuracy import TASKS, TEACHERS, epochs_for, lay_out, select, source_of, stages, values_of
+import torch
+from accuracy import TASKS, TEACHERS, Task, epochs_for, lay_out, source_of, stages, values_of
 from bench import (
     append_rows,
     call,
-    count_files,
     half_width,
     link,
     print_table,
     read_rows,
     run_stages,
+    select,
+    this_commit,
 )
 
-from common import cli
-from common.folders import EMBEDDED, data_folder
+from common import cli, models, splits
+from common.ensemble import load_ensemble, write_view
+from common.files import file_sha256, save_json
+from common.images import DecodedCache
 from common.threshold import wilson
+from common.views import ViewRecipe, render
 
-DRAWN = "drawn parts"  # stands for a folder: as many of the embedded set's pictures as have labels
-NO_POOL = ("--unlabelled", "none")
+TASKS = {**TASKS, "elpv_300": Task("elpv", 300, True, 70, 800, 150)}
+STORED, SEEN = 160, 70  # px of the views and of what teachers see, in the group resolution
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Flags of build_ensemble.py and distill.py, multiple of the steps, which teachers."""
+
+    build: tuple = ()
+    student: tuple = ()
+    steps: float = 1
+    teachers: tuple = TEACHERS
+    cross_fitted: bool = False
+
+
 ALONE = ("--alpha", 0)
-HALF, MOST = (("--view-recipe", f"zoom_min={share}") for share in (0.5, 0.85))
+NO_POOL = ("--unlabelled", "none")
+MANY = (*NO_POOL, "--views", 32)
 
-# The NEU sets have crops down to half the side anyway, so there that change is none.
-# {ablation: (teachers, flags of build_ensemble.py, flags of distill.py, multiple of the steps)}
-# The CSV has rows of ablations that are not here: with cached mixup, whose flag is gone. They stay
-# as a record of what was tried.
-ABLATIONS = {
-    "base": (TEACHERS, (), (), 1),
-    "stand-alone": (TEACHERS, (), ALONE, 1),
-    "labelled pictures only": (TEACHERS, NO_POOL, (), 1),
-    "labelled pictures and drawn parts": (TEACHERS, ("--unlabelled", DRAWN), (), 1),
-    "6 views": (TEACHERS, ("--views", 6), (), 1),
-    "crops down to half the side": (TEACHERS, HALF, (), 1),
-    "crops down to 0.85 of the side": (TEACHERS, MOST, (), 1),
-    "stand-alone, crops down to half the side": (TEACHERS, HALF, ALONE, 1),
-    "stand-alone, crops down to 0.85 of the side": (TEACHERS, MOST, ALONE, 1),
-    "temperature 1": (TEACHERS, (), ("--temperature", 1), 1),
-    "temperature 4": (TEACHERS, (), ("--temperature", 4), 1),
-    "soft targets only (alpha 1)": (TEACHERS, (), ("--alpha", 1), 1),
-    "twice the learning rate": (TEACHERS, (), ("--lr", 2e-3), 1),
-    "twice the steps": (TEACHERS, (), (), 2),
-    "stand-alone, twice the steps": (TEACHERS, (), ALONE, 2),
-    "transformer teacher alone": (TEACHERS[:1], (), (), 1),
-    "CNN teacher alone": (TEACHERS[1:], (), (), 1),
-    "equal weights": (TEACHERS, ("--mixture", "equal"), (), 1),
-    "no averaged weights": (TEACHERS, (), ("--ema-decay", 0), 1),
+
+def crops(share):
+    """Views cropped down to this share of the side."""
+    return ("--view-recipe", f"zoom_min={share}")
+
+
+def at(side, steps, *flags):
+    """A student at this size, with as many steps as take the same time."""
+    return Ablation(student=("--img-size", side, *flags), steps=steps / 800)
+
+
+GROUPS = {
+    "pool": {
+        "base": Ablation(),
+        "stand-alone": Ablation(student=ALONE),
+        "soft targets only (alpha 1)": Ablation(student=("--alpha", 1)),
+        "alpha 0.5": Ablation(student=("--alpha", 0.5)),
+        "temperature 1": Ablation(student=("--temperature", 1)),
+        "temperature 4": Ablation(student=("--temperature", 4)),
+        "a third of the learning rate": Ablation(student=("--lr", 3e-4)),
+        "layer decay 0.8": Ablation(student=("--layer-decay", 0.8)),
+        "half the steps": Ablation(steps=0.5),
+        "twice the steps": Ablation(steps=2),
+        "stand-alone, half the steps": Ablation(student=ALONE, steps=0.5),
+        "stand-alone, twice the steps": Ablation(student=ALONE, steps=2),
+        "stand-alone, a third of the learning rate": Ablation(student=(*ALONE, "--lr", 3e-4)),
+        "batch 48, half the steps": Ablation(student=("--batch-size", 48)),
+        "batch 96, a quarter of the steps": Ablation(student=("--batch-size", 96)),
+        "crops down to 0.5 of the side": Ablation(crops(0.5)),
+        "crops down to 0.85 of the side": Ablation(crops(0.85)),
+        "DIST, temperature 1": Ablation(student=("--loss", "dist", "--temperature", 1)),
+        "standardised logits": Ablation(student=("--loss", "standardised")),
+        "exits": Ablation(student=("--exits",)),
+        "16 views": Ablation(("--views", 16)),
+        "transformer teacher alone": Ablation(teachers=TEACHERS[:1]),
+        "CNN teacher alone": Ablation(teachers=TEACHERS[1:]),
+    },
+    "labelled": {
+        "labelled only": Ablation(NO_POOL),
+        "stand-alone": Ablation(NO_POOL, ALONE),
+        "32 views": Ablation(MANY),
+        "32 views, alpha 0.5": Ablation(MANY, ("--alpha", 0.5)),
+        "32 views, cross-fitted": Ablation(MANY, cross_fitted=True),
+        "32 views, alpha 0.5, cross-fitted": Ablation(MANY, ("--alpha", 0.5), cross_fitted=True),
+        "32 views, temperature 4": Ablation(MANY, ("--temperature", 4)),
+        "32 views, twice the steps": Ablation(MANY, steps=2),
+    },
+    "resolution": {
+        "70 px, 1600 steps": at(70, 1600),
+        "96 px, 850 steps": at(96, 850),
+        "128 px, 480 steps": at(128, 480),
+        "160 px, 306 steps": at(160, 306),
+        "stand-alone, 70 px, 1600 steps": at(70, 1600, *ALONE),
+        "stand-alone, 96 px, 850 steps": at(96, 850, *ALONE),
+        "stand-alone, 128 px, 480 steps": at(128, 480, *ALONE),
+        "stand-alone, 160 px, 306 steps": at(160, 306, *ALONE),
+    },
 }
 FIELDS = (
-    "set", "side", "seed", "ablation", "n", "accuracy", "balanced_accuracy", "nll", "steps",
-    "seconds",
+    "group", "set", "seed", "start", "ablation", "n", "accuracy", "balanced_accuracy", "nll",
+    "steps", "seconds", "code",
 )
+
+
+# ------------------------------------------------------------------------------------ pictures
 
 
 def development_folder(task, args, home, seed):
@@ -78,56 +139,60 @@ def development_folder(task, args, home, seed):
     classes = [path.name for path in (folder / "train").iterdir()]
     for file in sorted((folder / "unlabelled").iterdir())[::2]:
         label = next(name for name in classes if file.name.startswith(f"{name}_"))
-        file.rename(folder / "test" / label / file.name)
+        target = folder / "test" / label / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
     (folder / "development").touch()
     return folder
 
 
-def drawn_parts(home, count):
-    """A folder with so many drawn fasteners: questions to the teachers from another world."""
-    for file in sorted((data_folder(EMBEDDED) / "unlabelled").iterdir())[:count]:
-        link(file, home / "drawn" / file.name)
-    return home / "drawn"
+def fold_folder(data, home, fold):
+    """The development folder without a fold of its training pictures: every FOLDS-th."""
+    folder = home / f"fold_{fold}"
+    for name in ("val", "test"):
+        for file in (data / name).rglob("*.*"):
+            link(file, folder / name / file.parent.name / file.name)
+    for number, file in enumerate(sorted((data / "train").rglob("*.*"))):
+        if number % FOLDS != fold:
+            link(file, folder / "train" / file.parent.name / file.name)
+    return folder
 
 
-def file_name(*words):
-    """Words as the name of a folder: letters, digits and underscores."""
-    text = "_".join(map(str, words))
-    return "".join(c if c.isalnum() else "_" for c in text)
+# ------------------------------------------------------------------------------------- running
 
 
-def run(name, seed, args):
-    """Run the ablations of one set and seed that the CSV lacks, and append their rows."""
+def run(group, name, seed, args):
+    """Run the ablations of one group, set and seed that the CSV lacks, and append their rows."""
     task = TASKS[name]
+    teach = []
+    if group == "resolution":
+        task, teach = replace(task, side=STORED), ["--img-size", SEEN]
     home = Path(args.output) / name / f"seed_{seed}_{task.side}px"
     data = development_folder(task, args, home, seed)
-    teachers = dict(stages(task, data, home, args.weights, seed))["teachers"]
-    run_stages([("teachers", teachers)], home)
+    words = dict(stages(task, data, home, args.weights, seed))["teachers"] + teach
+    run_stages([("teachers", words)], home)
 
-    stored = select(read_rows(args.csv), set=name, side=str(task.side), seed=str(seed))
-    done = values_of(stored, "ablation")
-    for ablation in args.ablations:
-        if ablation not in done:
-            print(f"== {name} seed {seed}: {ablation}", flush=True)
-            result = run_ablation(ablation, task, data, home, seed)
-            append_rows(args.csv, FIELDS, [[name, task.side, seed, ablation, *result]])
+    start = "warm" if args.student_weights else "cold"
+    key = [group, name, str(seed), start]
+    for ablation, change in GROUPS[group].items():
+        wanted = dict(zip(FIELDS, [*key, ablation]))
+        chosen = not args.ablations or ablation in args.ablations
+        if chosen and not select(read_rows(args.csv), **wanted):
+            print(f"== {' '.join(key)}: {ablation}", flush=True)
+            result = run_ablation(ablation, change, task, data, home, seed, args)
+            append_rows(args.csv, FIELDS, [[*key, ablation, *result, this_commit()]])
 
 
-def run_ablation(ablation, task, data, home, seed):
-    """Build, distil and evaluate one; returns the rest of its row, from n on."""
-    teachers, ensemble_flags, student_flags, multiple = ABLATIONS[ablation]
-    ensemble = home / file_name("ensemble", len(teachers), teachers[0], *ensemble_flags)
-    student = home / file_name("student", ablation)
-    words = list(ensemble_flags)
-    if DRAWN in words:
-        words[words.index(DRAWN)] = drawn_parts(home, count_files(data / "train"))
-
-    checkpoints = [home / teacher / "best.pt" for teacher in teachers]
-    call("build_ensemble.py", *checkpoints, *words, "--output", ensemble, "--seed", seed)
+def run_ablation(ablation, change, task, data, home, seed, args):
+    """Build, distil and evaluate one; returns its row from n to seconds."""
+    ensemble = build(change, task, data, home, seed, args)
+    student = home / file_name("student", *change.build, ablation)
     pictures = json.loads((ensemble / "ensemble.json").read_text())["pictures"]
-    epochs = epochs_for(multiple * task.steps, pictures)
+    epochs = epochs_for(change.steps * task.steps, pictures)
     rest = ["--epochs", epochs, "--output", student, "--seed", seed, "--overwrite"]
-    call("distill.py", ensemble, *student_flags, *rest)
+    if args.student_weights:
+        rest += ["--weights", args.student_weights]
+    call("distill.py", ensemble, *change.student, *rest)
     report = student / "report"
     model = student / "best.pt"
     call("evaluate.py", model, "--data-dir", data, "--skip-audit", "--output", report)
@@ -139,8 +204,78 @@ def run_ablation(ablation, task, data, home, seed):
     return [scores["n"], *rounded, last["steps"], last["seconds"]]
 
 
-def print_ablations(rows):
-    """Balanced accuracy per set, and the mean difference to base over sets and seeds with both."""
+def build(change, task, data, home, seed, args):
+    """The folder of the ablation's ensemble, built where it is missing."""
+    teachers = [home / teacher / "best.pt" for teacher in change.teachers]
+    words = [*map(str, change.build), "cross_fitted" if change.cross_fitted else ""]
+    ensemble = home / file_name("ensemble", len(teachers), change.teachers[0], *words)
+    if not (ensemble / "ensemble.json").is_file():
+        call("build_ensemble.py", *teachers, *change.build, "--output", ensemble, "--seed", seed)
+        if change.cross_fitted:
+            cross_fit(ensemble, task, data, home, seed, args)
+    return ensemble
+
+
+def cross_fit(ensemble, task, data, home, seed, args):
+    """Replace an ensemble's answers: of each picture, those of teachers that never saw it.
+
+    Each fold's teachers are trained on the other folds; their logits are divided by the
+    temperatures that their own validation gives, and weighted like the fold's mixture (Dao et al.
+    2021, "Knowledge distillation as semiparametric inference").
+    """
+    record = load_ensemble(ensemble)
+    cache = DecodedCache(cli.CACHE)
+    pictures, _, _ = splits.open_training(cache, record["data"])
+    recipe = ViewRecipe.from_record(record["view_recipe"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    order = sorted((data / "train").rglob("*.*"))
+    fold_of = {f"{file.parent.name}/{file.name}": n % FOLDS for n, file in enumerate(order)}
+    folds = np.array([fold_of["/".join(Path(p).parts[-2:])] for p in pictures.paths()])
+
+    views = len(record["sha256"])
+    shape = (len(TEACHERS), len(pictures), len(record["data"]["classes"]))
+    answers = np.zeros((views, *shape), np.float32)
+    weights = []
+    for fold in range(FOLDS):
+        place = fold_folder(data, home, fold)
+        teach = dict(stages(task, place, place / "runs", args.weights, seed))["teachers"]
+        run_stages([("teachers", teach)], place)
+        checkpoints = [place / "runs" / name / "best.pt" for name in TEACHERS]
+        call("build_ensemble.py", *checkpoints, "--unlabelled", "none", "--views", 1,
+             "--output", place / "ensemble", "--seed", seed, "--overwrite")
+        own = load_ensemble(place / "ensemble")
+        weights.append(own["weights"])
+        networks = [models.load_model(path, device)[0] for path in checkpoints]
+        rows = np.flatnonzero(folds == fold)
+        for view in range(views):
+            for part in np.array_split(rows, -(-len(rows) // 64)):
+                batch = pictures.batch(part, device)
+                pixels = render(batch, part, np.full(len(part), view), record["seed"], recipe)
+                with torch.inference_mode(), models.autocast(device):
+                    logits = [network(pixels).float().cpu() for network in networks]
+                for t, z in enumerate(logits):
+                    answers[view, t, part] = z / own["temperatures"][t]
+    for view in range(views):
+        write_view(ensemble, view, answers[view])
+    digests = [file_sha256(ensemble / f"view_{view:03d}.npy") for view in range(views)]
+    changed = {"temperatures": [1.0] * len(TEACHERS), "sha256": digests}
+    changed["weights"] = np.mean(weights, axis=0).tolist()
+    save_json({**record, **changed}, ensemble / "ensemble.json")
+
+
+def file_name(*words):
+    """Words as the name of a folder: letters, digits and underscores."""
+    text = "_".join(map(str, words))
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def print_group(rows, group):
+    """Balanced accuracy per set, and the mean difference to the group's first row."""
+    rows = select(rows, group=group)
+    base = next(iter(GROUPS[group]))
     scores = {}
     for row in rows:
         key = row["ablation"], row["set"], row["seed"]
@@ -154,15 +289,16 @@ def print_ablations(rows):
         for name in sets:
             values = [value for (its_set, _), value in own.items() if its_set == name]
             cells.append(f"{np.mean(values):.1f}" if values else "")
-        pairs = [value - scores["base", *key] for key, value in own.items()
-                 if ("base", *key) in scores]
+        pairs = [value - scores[base, *key] for key, value in own.items()
+                 if (base, *key) in scores]
         difference = ""
-        if pairs and ablation != "base":
+        if pairs and ablation != base:
             difference = f"{round(np.mean(pairs), 1) + 0.0:+.1f}"  # never -0.0
         if difference and len(pairs) > 1:
             difference += f" ± {half_width(pairs):.1f}"
         lines.append([ablation, *cells, difference])
-    print_table(["balanced accuracy, %", *sets, "minus base, points"], lines)
+    print(f"\n{group}: {len(values_of(rows, 'seed'))} seeds\n")
+    print_table(["balanced accuracy, %", *sets, f"minus {base}, points"], lines)
 
 
 def print_caption(rows):
@@ -175,23 +311,27 @@ def print_caption(rows):
         low, high = wilson(share * n, n)
         half = 100 * (high - low) / 2
         print(
-            f"{name}: {of_set[0]['side']} px, {n} development pictures, seed {seeds}; "
+            f"{name}: {n} development pictures, seed {seeds}; "
             f"over pictures, an accuracy of {100 * share:.0f} % is known to ± {half:.1f} points"
         )
     print("±: half the width of a 95 % interval; in the last column over sets and seeds (Student's")
-    print("t), where there are several pairs of an ablation and base")
+    print("t), where there are several pairs of a row and the first one")
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
+    p.add_argument("--student-weights", type=Path, metavar="FILE",
+                   help="a ResNet18 that students start from (default: from scratch)")
+    p.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS),
+                   metavar="NAME")
     p.add_argument("--sets", nargs="+", default=["neu_cls_10", "elpv_100"], metavar="NAME",
                    choices=[name for name, task in TASKS.items() if task.pool and task.labelled],
                    help="sets of accuracy.py that have a pool")
-    p.add_argument("--ablations", nargs="+", default=list(ABLATIONS), choices=list(ABLATIONS),
-                   metavar="NAME", help="which changes (default: all)")
-    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[100], metavar="N")
+    p.add_argument("--ablations", nargs="+", default=[], metavar="NAME",
+                   help="which rows (default: all)")
+    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[100, 101], metavar="N")
     p.add_argument("--output", default="runs/ablations", help="folder for the runs")
     p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")),
                    help="results are appended here")
@@ -200,11 +340,13 @@ def main():
     if not args.table:
         if not (args.data and args.weights):
             p.error("--data and --weights are needed to run anything")
-        for seed in args.seeds:
-            for name in args.sets:
-                run(name, seed, args)
+        for group in args.groups:
+            for seed in args.seeds:
+                for name in args.sets:
+                    run(group, name, seed, args)
     rows = read_rows(args.csv)
-    print_ablations(rows)
+    for group in values_of(rows, "group"):
+        print_group(rows, group)
     print_caption(rows)
 
 

@@ -22,14 +22,12 @@ Students, stand-alone and distilled alike, start from scratch (cold) or from --s
 import json
 import re
 import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from bench import (
-    ROOT,
     append_rows,
     combined_interval,
     count_files,
@@ -38,6 +36,8 @@ from bench import (
     print_table,
     read_rows,
     run_stages,
+    select,
+    this_commit,
     with_interval,
     with_sd,
 )
@@ -252,8 +252,7 @@ def run(name, seed, start, args):
 def results(key, home, seconds):
     """One row per model and test set from the report. key: (set, seed, start)."""
     report = json.loads((home / "report" / "metrics.json").read_text())
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    code = this_commit()
     for model, result in report["models"].items():
         path = Path(model)
         part = "int8" if path.suffix == ".ts" else path.name
@@ -271,11 +270,6 @@ def results(key, home, seconds):
 
 
 # -------------------------------------------------------------------------------------- tables
-
-
-def select(rows, **wanted):
-    """The rows whose columns have these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def values_of(rows, key):

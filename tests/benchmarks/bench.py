@@ -154,6 +154,17 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def select(rows, **wanted):
+    """The rows whose columns have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def this_commit():
+    """The short name of the commit that the repository is at; empty where there is no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def append_rows(path, fields, rows):
     """Add rows to a CSV file, which begins with the fields' names."""
     new = not Path(path).is_file()
