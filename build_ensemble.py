@@ -29,7 +29,9 @@ from common.losses import mixture
 from common.metrics import score
 from common.views import ViewRecipe, render
 
-PICTURE_VIEWS = 10_000  # stored by default: about what 400 steps of 24 see once
+# Stored by default: about what 400 steps of 24 see once. Labelled pictures alone are few, and a
+# student that sees the same views of them again learns them by heart.
+PICTURE_VIEWS, LABELLED_VIEWS = 10_000, 20_000
 TOLERANCE = 1e-2  # of a logit, for --check: another batch size or device rounds otherwise
 
 
@@ -39,7 +41,7 @@ def parse_arguments():
                    help="teachers' best.pt (default: every teacher in runs/*/best.pt)")
     p.add_argument("--views", type=cli.positive_int,
                    help="augmented views to store, beside the plain one (default: as many as make "
-                   f"{PICTURE_VIEWS} picture-views, at least 4)")
+                   f"{PICTURE_VIEWS} picture-views, {LABELLED_VIEWS} without a pool, at least 4)")
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
@@ -113,7 +115,8 @@ def build(args, watch):
     watch.lap("doubtful labels")
 
     # The views that an earlier start has not stored.
-    views = 1 + (args.views or max(4, PICTURE_VIEWS // len(pictures)))
+    wanted = PICTURE_VIEWS if pool else LABELLED_VIEWS
+    views = 1 + (args.views or max(4, wanted // len(pictures)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
     print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
     batches = in_batches(np.arange(len(pictures)), args.batch_size)

@@ -25,9 +25,8 @@ import torch
 from common import cli, export, folders, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
 from common.errors import UserError
-from common.exits import EXIT_SHARE, Exits
 from common.files import exclusive, file_sha256
-from common.losses import SOFT_LOSSES, class_weights, labelled_cross_entropy
+from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.threshold import good_class
 from common.views import ViewRecipe, render
 
@@ -48,12 +47,6 @@ def parse_arguments():
                        help="start from torchvision's ImageNet weights (needs a network once)")
     start.add_argument("--weights", metavar="FILE",
                        help="start from a ResNet18 in torchvision's key names (.safetensors, .pth)")
-    p.add_argument("--loss", choices=["kl", "dist", "standardised"], default="kl",
-                   help="what compares student and soft targets")
-    p.add_argument("--exits", action="store_true",
-                   help="teach the stages before the last one through exits of their own, too")
-    p.add_argument("--layer-decay", type=cli.fraction,
-                   help="learning rate of a block over that of the next one")
     p.add_argument("--epochs", type=cli.positive_int,
                    help="passes over labelled and unlabelled pictures (default: as many as make "
                    f"{STEPS} steps; {EMBEDDED_EPOCHS} on the embedded set)")
@@ -113,12 +106,7 @@ def distil(output, args, watch):
     img_size = args.img_size or data["view_size"]
     model = models.create_student(len(classes), img_size, args.pretrained, args.weights)
     model.to(device, memory_format=torch.channels_last)
-    groups = models.parameter_groups(
-        model, args.weight_decay, args.layer_decay, args.layer_decay and 1.0
-    )
-    exits = Exits(model.backbone, len(classes)).to(device) if args.exits else None
-    if exits:
-        groups.append({"params": list(exits.parameters()), "weight_decay": args.weight_decay})
+    groups = models.parameter_groups(model, args.weight_decay)
     weights = None
     if args.balance_classes:
         weights = class_weights(labelled.labels, len(classes)).to(device)
@@ -153,10 +141,7 @@ def distil(output, args, watch):
             loss = labelled_cross_entropy(logits, labels, weights)
             if cache:
                 q = cache.targets(views, indices, T).to(device)  # of these very pixels
-                soft = SOFT_LOSSES[args.loss](q, logits, T)
-                for early in exits(device) if exits else ():
-                    soft = soft + EXIT_SHARE * SOFT_LOSSES[args.loss](q, early, T)
-                loss = (1 - alpha) * loss + alpha * soft
+                loss = (1 - alpha) * loss + alpha * T**2 * soft_divergence(q, logits / T)
             run.step(loss)
         watch.lap("training")
         run.finish_epoch(val)

@@ -50,39 +50,3 @@ def class_weights(labels, classes):
     labels: int64 [N] of K classes. Returns float32 [K].
     """
     return len(labels) / (classes * torch.bincount(labels, minlength=classes))
-
-
-def kl(q, logits, T):
-    """T^2 KL(q || softmax(logits / T)): the loss above."""
-    return T**2 * soft_divergence(q, logits / T)
-
-
-def dist(q, logits, T):
-    """T^2 2 (inter + intra): correlations over classes and over the batch (Huang et al. 2022)."""
-    p = F.softmax(logits / T, dim=1)
-    inter = 1 - correlation(p, q).mean()
-    intra = 1 - correlation(p.T, q.T).mean()
-    return T**2 * 2 * (inter + intra)
-
-
-def correlation(a, b):
-    """Pearson's r of each row of a with the same row of b; float [rows]."""
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return F.cosine_similarity(a, b, dim=1)
-
-
-def standardised(q, logits, T):
-    """T^2 KL of logits brought to mean 0 and standard deviation 1 (Sun et al. 2024).
-
-    The ensemble's logits are the logarithm of its probabilities at T = 1 would be; here q at T.
-    """
-    teacher = F.softmax(standardise(q.clamp_min(1e-7).log()) / T, dim=1)
-    return T**2 * soft_divergence(teacher, standardise(logits) / T)
-
-
-def standardise(logits):
-    """Rows with mean 0 and standard deviation 1."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
-SOFT_LOSSES = {"kl": kl, "dist": dist, "standardised": standardised}

@@ -1,22 +1,22 @@
 """Does distillation pay? Stand-alone networks, ensemble and distilled ResNet18 on real pictures.
 
-    python tests/benchmarks/accuracy.py --data DIR --weights DIR     # 6 sets, 3 seeds: 10 hours
-    python tests/benchmarks/accuracy.py --data DIR --weights DIR --sets neu_cls_10 \\
-        --student-weights FILE                                   # students start warm
+    python tests/benchmarks/accuracy.py --data DIR --weights DIR --student-weights FILE
+    python tests/benchmarks/accuracy.py --data DIR --weights DIR     # students from scratch (cold)
     python tests/benchmarks/accuracy.py --table                      # from the CSV alone, 5 s
 
-A set and seed take 21 to 32 minutes on two cores, mvtec_screw 68. Runs the scripts as a user would,
-in runs/accuracy/<set>/seed_N_<start>/; a stage that finished is not run again, and a set and seed
-whose rows are in the CSV is skipped (its folder, 1.3 GB, may go). The seed chooses the labelled
-pictures, initialisation, order and views. Of each class, `labelled` pictures train and half as many
-(at least 4) validate; with a pool, the other training pictures lose their labels.
+Runs the scripts as a user would, in runs/accuracy/<set>/seed_N/; a stage that finished is not run
+again, and a set, seed and start whose rows are in the CSV is skipped (its folder, 1.3 GB, may go).
+The seed chooses the labelled pictures, initialisation, order and views. Of each class, `labelled`
+pictures train and half as many (at least 4) validate; with a pool, the other training pictures lose
+their labels.
 
     data/<folder>/{train,test}/<class>/*   the sets below; elpv is written from the package
                                            elpv-dataset, the embedded set is drawn
     weights/<timm name>.safetensors        of the two pretrained teachers
 
-Students, stand-alone and distilled alike, start from scratch (cold) or from --student-weights
-(warm). All have the same steps, augmentation and rule of selection.
+Students, stand-alone and distilled alike, start from --student-weights (warm) or from scratch
+(cold). They and EfficientNet-Lite0 have the same steps, picture size, augmentation and rule of
+selection.
 """
 
 import json
@@ -48,19 +48,18 @@ from common.errors import UserError
 from common.folders import EMBEDDED, data_folder
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
-EXTRA_CNN = "resnet10t"  # from scratch
 BATCH = 24
 FIELDS = (
-    "set", "seed", "start", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
+    "set", "side", "classes", "seed", "start", "model", "test_set", "n", "accuracy",
+    "balanced_accuracy", "nll", "ece",
     "minus_alone", "minus_alone_low", "minus_alone_high", "steps", "seconds",
     "code",  # the commit when the row was written
 )
 
-# Models of the CSV. Rows of distilled_mixup are a record of an earlier recipe that is gone: seven
-# in ten labelled pictures were blended with another one, and the teachers' logits of the blend
-# cached (mixup). Their int8 file is the row int8 of mvtec_screw.
-LABELLED_ONLY = ("distilled", "distilled_mixup")  # students that saw no unlabelled picture
-STAND_ALONE_CNNS = ("alone", EXTRA_CNN, "tf_efficientnet_lite0")
+STUDENTS = ("alone", "distilled", "distilled_pool")
+STAND_ALONE_CNNS = ("alone", "tf_efficientnet_lite0")
+PERFECT = 99.5  # balanced accuracy in %: a set where every model has it tells nothing
+NEAR_GUESSING = 5  # points: nor does one where no model is so far above guessing
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,15 @@ class Task:
 
 CROPS = ("zoom_min=0.5",)
 TASKS = {
-    "neu_cls_10": Task("neu_cls", 10, True, 70, 800, 150, views=CROPS),
-    "neu_cls_40": Task("neu_cls", 40, True, 70, 800, 150, views=CROPS),
-    "screw_missing_10": Task("screw_missing", 10, True, 70, 800, 150, group=r"^(\d+)_"),
-    "elpv_100": Task("elpv", 100, True, 70, 800, 150),  # solar cells, good or defective
-    "neu_cls_all": Task("neu_cls", 0, False, 70, 800, 150, views=CROPS),
-    "elpv_all": Task("elpv", 0, False, 70, 800, 150),
+    "neu_cls_10": Task("neu_cls", 10, True, 126, 480, 150, views=CROPS),
+    "neu_cls_40": Task("neu_cls", 40, True, 126, 480, 150, views=CROPS),
+    "screw_missing_10": Task("screw_missing", 10, True, 126, 480, 150, group=r"^(\d+)_"),
+    "elpv_100": Task("elpv", 100, True, 126, 480, 150),  # solar cells, good or defective
     "embedded": Task("embedded", 0, True, 70, 800, 150),
+    "neu_cls_all": Task("neu_cls", 0, False, 126, 800, 300, views=CROPS),
+    "elpv_all": Task("elpv", 0, False, 126, 800, 300),
     "mvtec_screw": Task(
-        "mvtec_screw", 0, False, 168, 400, 150, views=("rotate=180",), flags=("--balance-classes",)
+        "mvtec_screw", 0, False, 224, 800, 300, views=("rotate=180",), flags=("--balance-classes",)
     ),
 }
 
@@ -191,8 +190,8 @@ def epochs_for(steps, pictures):
     return max(1, round(steps / -(-pictures // BATCH)))
 
 
-def stages(task, data, home, weights, seed, student_weights=None):
-    """(name, command words) of one set and seed, in order."""
+def stages(task, data, home, weights, seed, start="cold", student_weights=None):
+    """(name, command words) of one set, seed and start, in order; the starts share teachers."""
     labelled = count_files(data / "train")
     pooled = labelled + count_files(data / "unlabelled")
     passes = epochs_for(task.steps, labelled)
@@ -207,51 +206,52 @@ def stages(task, data, home, weights, seed, student_weights=None):
     files = [weights / f"{name}.safetensors" for name in TEACHERS]
     pretrained = ["--model", *TEACHERS, "--weights", *files]
     yield "teachers", [*teach, *pretrained, "--epochs", transformer_passes, passes]
-    yield "extra_cnn", [*teach, "--model", EXTRA_CNN, "--epochs", passes]
 
     # Students, and what they learn from.
     def build(folder, *more):
         return ["build_ensemble.py", *teachers, *more, "--output", home / folder, *rest]
 
     def distil(ensemble, student, epochs, *more):
-        words = ["distill.py", home / ensemble, "--epochs", epochs, "--output", home / student]
-        start = ["--weights", student_weights] if student_weights else []
-        return [*words, *more, *start, *task.flags, *rest]
+        words = ["distill.py", home / ensemble, "--epochs", epochs, "--output", folder / student]
+        warm = ["--weights", student_weights] if start == "warm" else []
+        return [*words, *more, *warm, *task.flags, *rest]
 
+    folder = home / start
     yield "ensemble", build("ensemble", "--unlabelled", "none")
-    yield "alone", distil("ensemble", "alone", passes, "--alpha", 0)
-    yield "distilled", distil("ensemble", "distilled", passes)
+    yield f"{start} alone", distil("ensemble", "alone", passes, "--alpha", 0)
+    yield f"{start} distilled", distil("ensemble", "distilled", passes)
     students = ["alone", "distilled"]
     if task.pool:
         yield "ensemble_pool", build("ensemble_pool")
         passes_of_pool = epochs_for(task.steps, pooled)
-        yield "distilled_pool", distil("ensemble_pool", "distilled_pool", passes_of_pool)
+        yield f"{start} distilled_pool", distil("ensemble_pool", "distilled_pool", passes_of_pool)
         students.append("distilled_pool")
 
-    models = [*teachers, home / EXTRA_CNN / "best.pt", home / "ensemble"]
-    models += [home / name / "best.pt" for name in students]
-    int8 = home / students[-1] / "student.int8.ts"
+    models = [*teachers, home / "ensemble", *[folder / name / "best.pt" for name in students]]
+    int8 = folder / students[-1] / "student.int8.ts"
     if int8.is_file():  # it may have lost too much to be written
         models.append(int8)
-    compare = ["--baseline", home / "alone" / "best.pt", "--output", home / "report"]
-    yield "evaluate", ["evaluate.py", *models, "--data-dir", data, *compare]
+    compare = ["--baseline", folder / "alone" / "best.pt", "--output", folder / "report"]
+    yield f"{start} evaluate", ["evaluate.py", *models, "--data-dir", data, *compare]
 
 
 def run(name, seed, start, args):
     """Run what is missing of one set and seed, then append its rows to the CSV."""
-    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}_{start}"
+    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
     if task.folder == "embedded":
         data = data_folder(EMBEDDED)
     else:
         data = lay_out(task, source_of(task, args.data, home), home, seed)
-    todo = stages(task, data, home, args.weights, seed, args.student_weights)
+    todo = stages(task, data, home, args.weights, seed, start, args.student_weights)
     seconds = run_stages(todo, home)
-    append_rows(args.csv, FIELDS, results((name, seed, start), home, seconds))
+    classes = sum(1 for path in (data / "train").iterdir() if path.is_dir())
+    key = (name, task.side, classes, seed, start)
+    append_rows(args.csv, FIELDS, results(key, home / start, seconds))
 
 
-def results(key, home, seconds):
-    """One row per model and test set from the report. key: (set, seed, start)."""
-    report = json.loads((home / "report" / "metrics.json").read_text())
+def results(key, folder, seconds):
+    """One row per model and test set from the report. key: the columns from set to start."""
+    report = json.loads((folder / "report" / "metrics.json").read_text())
     code = this_commit()
     for model, result in report["models"].items():
         path = Path(model)
@@ -326,27 +326,28 @@ def print_set(rows, name):
     ], lines)
 
 
+def telling_sets(rows):
+    """The sets that can tell models apart: not all are perfect there, nor do all but guess."""
+    kept = []
+    for name in values_of(rows, "set"):
+        of_set = select(rows, set=name)
+        scores = [np.mean(balanced_accuracies(select(of_set, model=model)))
+                  for model in values_of(of_set, "model")]
+        guess = 100 / int(of_set[0]["classes"])
+        if min(scores) < PERFECT and max(scores) > guess + NEAR_GUESSING:
+            kept.append(name)
+    return kept
+
+
 def print_models(rows):
-    """Balanced accuracy of each model on each set, and its mean over the same sets for all.
-
-    These are the sets with all models, but for the two of LABELLED_ONLY: a set may have either.
-    """
+    """Balanced accuracy of each model on each set."""
     sets, models = values_of(rows, "set"), values_of(rows, "model")
-    found = {}
-    for model in models:
-        for name in sets:
-            found[model, name] = balanced_accuracies(select(rows, set=name, model=model))
-    compared = [model for model in models if model not in LABELLED_ONLY]
-    common = [name for name in sets if all(found[model, name] for model in compared)]
-
     lines = []
     for model in models:
-        cells = [with_sd(found[model, name]) if found[model, name] else "" for name in sets]
-        means = [np.mean(found[model, name]) for name in common if found[model, name]]
-        complete = common and len(means) == len(common)
-        lines.append([model, *cells, f"{np.mean(means):.1f}" if complete else ""])
+        found = [balanced_accuracies(select(rows, set=name, model=model)) for name in sets]
+        lines.append([model, *[with_sd(scores) if scores else "" for scores in found]])
     print("\nbalanced accuracy in %, over seeds: mean (sd)\n")
-    print_table(["model", *sets, f"mean of {len(common)}"], lines)
+    print_table(["model", *sets], lines)
 
 
 def minus(model, other):
@@ -359,26 +360,25 @@ def errors_removed(model):
     return lambda m: (m[model] - m["alone"], 100 - m["alone"])
 
 
-def best_student(m):
-    """The score of the student that was taught with the most pictures."""
-    names = ("distilled_pool", "distilled", "distilled_mixup")
-    return next(m[name] for name in names if name in m)
+def best_stand_alone(m):
+    """The score of the best CNN that had no teacher."""
+    return max(m[name] for name in STAND_ALONE_CNNS)
 
 
 # {title: function of `balanced` -> (a difference, the whole that it is a share of)}
 FIGURES = {
     "distilled_pool minus alone": minus("distilled_pool", "alone"),
     "distilled minus alone": minus("distilled", "alone"),
-    "distilled_mixup minus alone": minus("distilled_mixup", "alone"),
     "alone's errors removed by distilled_pool, %": errors_removed("distilled_pool"),
     "alone's errors removed by distilled, %": errors_removed("distilled"),
-    "alone's errors removed by distilled_mixup, %": errors_removed("distilled_mixup"),
-    "student minus the best CNN without a teacher": lambda m: (
-        best_student(m) - max(m[name] for name in STAND_ALONE_CNNS), 100
+    "distilled_pool minus the best stand-alone CNN": lambda m: (
+        m["distilled_pool"] - best_stand_alone(m), 100
+    ),
+    "distilled minus the best stand-alone CNN": lambda m: (
+        m["distilled"] - best_stand_alone(m), 100
     ),
     "ensemble minus distilled_pool": minus("ensemble", "distilled_pool"),
     "ensemble minus distilled": minus("ensemble", "distilled"),
-    "ensemble minus distilled_mixup": minus("ensemble", "distilled_mixup"),
     "ensemble minus its best teacher": lambda m: (
         m["ensemble"] - max(m[name] for name in TEACHERS), 100
     ),
@@ -405,31 +405,37 @@ def balanced(rows):
 
 
 def print_figures(rows):
-    """Differences of balanced accuracy per set, over seeds, and over all sets that have them."""
-    sets = values_of(rows, "set")
+    """Differences of balanced accuracy per set, over seeds, and their means over sets."""
+    sets, telling = values_of(rows, "set"), telling_sets(rows)
     lines = []
     for title, formula in FIGURES.items():
-        cells, of_sets = [], []
+        of_sets = {}
         for name in sets:
             pairs = []  # of each seed: (difference, whole)
             for seed in sorted(values_of(select(rows, set=name), "seed")):
                 with suppress(KeyError):  # the set has no pool, or no test_shifted
                     pairs.append(formula(balanced(select(rows, set=name, seed=seed))))
-            shares = [100 * part / whole for part, whole in pairs if whole]
-            cells.append(with_sd(shares, "+") if shares else "")
             if pairs:
-                of_sets.append(np.mean(pairs, axis=0))
+                of_sets[name] = pairs
+        cells = []
+        for name in sets:
+            shares = [100 * part / whole for part, whole in of_sets.get(name, []) if whole]
+            cells.append(with_sd(shares, "+") if shares else "")
+        for chosen in (sets, telling):
+            means = [np.mean(of_sets[name], axis=0) for name in chosen if name in of_sets]
+            part, whole = np.sum(means, axis=0) if means else (0, 0)
+            cells.append(f"{100 * part / whole:+.1f}" if whole else "")
         if of_sets:
-            part, whole = np.sum(of_sets, axis=0)
-            lines.append([title, *cells, f"{100 * part / whole:+.1f}"])
+            lines.append([title, *cells])
     print("\nbalanced accuracy in points, or % of errors, over seeds: mean (sd)\n")
-    print_table(["", *sets, "all sets"], lines)
+    print_table(["", *sets, "all sets", "sets that tell"], lines)
+    print(f"\nsets that tell (not all models are perfect or guess): {', '.join(telling)}")
 
 
 def print_means(rows):
     """The mean over sets of each student's difference to the stand-alone one, with its interval."""
     print()
-    for model in ("distilled_pool", *LABELLED_ONLY):
+    for model in STUDENTS[1:]:
         of_model = select(rows, model=model)
         sets = values_of(of_model, "set")
         differences = [minus_alone(select(of_model, set=name)) for name in sets]
