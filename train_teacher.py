@@ -51,7 +51,7 @@ def parse_arguments():
 
     g = p.add_argument_group("pictures and views")
     g.add_argument("--view-size", type=cli.positive_int,
-                   help="side in px at which pictures are stored and views are made (default: 224, "
+                   help="side in px at which pictures are stored and views are made (default: 128, "
                    "or the pictures' own size where that is less; 64 for the embedded set)")
     g.add_argument("--img-size", type=cli.positive_int,
                    help="side in px the models see, raised to whole patches (default: view size)")

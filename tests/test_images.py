@@ -156,13 +156,13 @@ def test_resize_never_crops():
     assert small.shape == (30, 30, 3) and small[:, 0].min() > 200 and small[:, 2:].max() == 0
 
 
-def test_view_size_follows_small_pictures_and_stops_at_224(tmp_path):
+def test_view_size_follows_small_pictures_and_stops_at_128(tmp_path):
     for name, side in (("small", 100), ("large", 500)):
         for c in "ab":
             (tmp_path / name / "train" / c).mkdir(parents=True)
             Image.new("L", (side, side // 2)).save(tmp_path / name / "train" / c / "x.png")
     assert folders.default_view_size(tmp_path / "small") == 96
-    assert folders.default_view_size(tmp_path / "large") == 224
+    assert folders.default_view_size(tmp_path / "large") == 128
 
 
 # ------------------------------------------------------------------------------------------ splits

@@ -286,7 +286,7 @@ def print_group(rows, group):
     sets = values_of(rows, "set")
 
     lines = []
-    for ablation in values_of(rows, "ablation"):
+    for ablation in dict.fromkeys([*GROUPS[group], *values_of(rows, "ablation")]):
         own = {key[1:]: value for key, value in scores.items() if key[0] == ablation}
         cells = []
         for name in sets:
@@ -299,7 +299,8 @@ def print_group(rows, group):
             difference = f"{round(np.mean(pairs), 1) + 0.0:+.1f}"  # never -0.0
         if difference and len(pairs) > 1:
             difference += f" ± {half_width(pairs):.1f}"
-        lines.append([ablation, *cells, difference])
+        if own:
+            lines.append([ablation, *cells, difference])
     print(f"\n{group}: {len(values_of(rows, 'seed'))} seeds\n")
     print_table(["balanced accuracy, %", *sets, f"minus {base}, points"], lines)
 

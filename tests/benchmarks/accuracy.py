@@ -326,6 +326,24 @@ def print_set(rows, name):
     ], lines)
 
 
+def print_summary(rows):
+    """The table of the repository's README: accuracy of the best-taught student per set."""
+    lines = []
+    for name in values_of(rows, "set"):
+        of_set = select(rows, set=name)
+        model = "distilled_pool" if TASKS[name].pool else "distilled"
+        means = []
+        for key in ("alone", model, "ensemble"):
+            scores = [float(row["accuracy"]) for row in select(of_set, model=key)]
+            means.append(f"{100 * np.mean(scores):.1f}")
+        gain = with_interval(*minus_alone(select(of_set, model=model)))
+        pool = "yes" if TASKS[name].pool else "no"
+        lines.append([name, pool, *means, gain])
+    print("\naccuracy in %, mean over seeds and test sets\n")
+    columns = ["set", "pool", "stand-alone", "distilled", "ensemble", "gain, points"]
+    print_table(columns, lines)
+
+
 def telling_sets(rows):
     """The sets that can tell models apart: not all are perfect there, nor do all but guess."""
     kept = []
@@ -473,6 +491,7 @@ def main():
         print(f"\n== students that start {start}")
         for name in values_of(rows, "set"):
             print_set(rows, name)
+        print_summary(rows)
         print_models(rows)
         print_figures(rows)
         print_means(rows)
