@@ -5,7 +5,7 @@
     python build_ensemble.py --check 200                     # recompute 200 stored answers
 
 Reads   teachers' best.pt, and the pictures they were trained on
-Writes  runs/ensemble/ensemble.json   teachers, classes, data, views, temperatures, mixture weights
+Writes  runs/ensemble/ensemble.json   teachers, classes, data, views, temperatures, weights
         runs/ensemble/view_VVV.npy    raw logits, float32 [teachers, pictures, classes]; view 0 is
                                       the plain picture
 Next    distill.py
@@ -25,7 +25,7 @@ from common.checkpoints import peek
 from common.ensemble import SCHEMA, CachedLogits, begin, load_ensemble, view_file, write_view
 from common.errors import UserError, require_same
 from common.files import exclusive, file_sha256, save_json, versions
-from common.losses import mixture
+from common.losses import product_of_experts
 from common.metrics import score
 from common.views import ViewRecipe, render
 
@@ -45,7 +45,7 @@ def parse_arguments():
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
-    p.add_argument("--mixture", choices=["fitted", "equal"], default="fitted",
+    p.add_argument("--teacher-weights", choices=["fitted", "equal"], default="fitted",
                    help="weights of the teachers: fitted on validation pictures, or equal")
     p.add_argument("--check", type=cli.positive_int, metavar="N",
                    help="instead of building, recompute N stored picture-views and compare")
@@ -77,7 +77,7 @@ def main():
 
 
 def build(args, watch):
-    """Fit the mixture on validation, then store what the teachers say of every view."""
+    """Fit the weights on validation, then store what the teachers say of every view."""
     paths = args.checkpoint or find_teachers()
     device = cli.pick_device(args.device)
     teachers, records = load_teachers(paths, device)
@@ -105,9 +105,9 @@ def build(args, watch):
         spec["unlabelled"] = {"dir": pool_dir.as_posix(), "fingerprint": pool.fingerprint()}
     begin(folder, spec, args.overwrite)
 
-    # Temperatures, mixture weights and doubtful labels.
+    # Temperatures, weights and doubtful labels.
     val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
-    combination = combine(val_logits, val.labels, args.mixture, paths)
+    combination = combine(val_logits, val.labels, args.teacher_weights, paths)
     watch.lap("validation")
     doubtful = doubt(teachers, train, val, val_logits, combination["temperatures"])
     for line in labels.describe(doubtful, data["classes"]):
@@ -192,20 +192,21 @@ def describe_teachers(paths, records):
     ]
 
 
-def combine(val_logits, val_labels, mixing, paths):
-    """Fit temperatures and mixture weights on validation, and print what they give.
+def combine(val_logits, val_labels, teacher_weights, paths):
+    """Fit temperatures and weights on validation, and print what they give.
 
     val_logits: float32 [teachers, N, classes]; val_labels: int64 [N]. Returns plain data for
     ensemble.json.
     """
     temperatures = [fit_temperature(logits, val_labels) for logits in val_logits]
-    calibrated = [torch.softmax(z / t, dim=1) for z, t in zip(val_logits, temperatures)]
+    scaled = torch.stack([z / t for z, t in zip(val_logits, temperatures)])
     weights = [1 / len(paths)] * len(paths)
-    if mixing == "fitted":
-        weights = fit_weights(torch.stack(calibrated), val_labels)
+    if teacher_weights == "fitted":
+        weights = fit_weights(scaled, val_labels)
 
-    rows = list(zip(map(str, paths), weights, temperatures, calibrated))
-    rows.append(("the mixture", 1.0, 1.0, mixture(val_logits, temperatures, weights)))
+    rows = list(zip(map(str, paths), weights, temperatures, torch.softmax(scaled, dim=2)))
+    together = product_of_experts(val_logits, temperatures, weights)
+    rows.append(("the ensemble", sum(weights), 1.0, together))
     head = f"on {len(val_labels)} validation pictures:"
     print(f"{head:43}weight  temperature  accuracy  balanced    NLL")
     found = {}
@@ -219,7 +220,7 @@ def combine(val_logits, val_labels, mixing, paths):
     return {
         "temperatures": temperatures,
         "weights": weights,
-        "mixture": mixing,
+        "teacher_weights": teacher_weights,
         "validation": found,
     }
 

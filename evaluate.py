@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import audit, cli, folders, labels, metrics, report, splits, tables
 from common.errors import UserError, require_same
 from common.files import file_sha256, save_json, versions
-from common.losses import mixture
+from common.losses import product_of_experts
 from common.subjects import find_models, measure, open_subject
 from common.threshold import rates
 
@@ -126,7 +126,7 @@ def evaluate(subjects, tests, device, batch_size):
         members = [measured[file] for file in subject.files]
         for set_name in sets:
             logits = [member.logits[set_name] for member in members]
-            probabilities = mixture(logits, subject.temperatures, subject.weights)
+            probabilities = product_of_experts(logits, subject.temperatures, subject.weights)
             answers[name, set_name] = probabilities.numpy()
         results[name] = summarise(name, subject, members, answers, sets)
     return results, answers

@@ -12,9 +12,9 @@ import torch
 
 from common.errors import UserError, require_same
 from common.files import atomic_path, file_sha256, load_json, save_json
-from common.losses import mixture
+from common.losses import product_of_experts
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def view_file(folder, view):
@@ -111,4 +111,4 @@ class CachedLogits:
     def targets(self, views, indices, T):
         """Soft targets at temperature T, float32 tensor [B, classes], rows summing to 1."""
         logits = torch.from_numpy(self.of(views, indices))
-        return mixture(logits, self.temperatures, self.weights, T)
+        return product_of_experts(logits, self.temperatures, self.weights, T)

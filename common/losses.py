@@ -14,16 +14,18 @@ import torch.nn.functional as F
 UNLABELLED = -1
 
 
-def mixture(logits, temperatures, weights, T=1.0):
-    """The ensemble's probabilities: q = sum_t w_t softmax(z_t / (T_t T)).
+def product_of_experts(logits, temperatures, weights, T=1.0):
+    """The ensemble's probabilities: q = softmax(sum_t w_t z_t / T_t / T)   (Hinton 2002).
 
+    A class that one teacher rules out is ruled out, so teachers that err on different classes help
+    each other even where one of them is much the weaker; a mean of probabilities would drown it.
     logits: float [teachers, ..., classes]; temperatures, weights: one number per teacher, weights
-    summing to 1. Returns float [..., classes], summing to 1 over classes.
+    at least 0 with any sum. Returns float [..., classes], summing to 1 over classes.
     """
-    q = 0.0
-    for z, temperature, weight in zip(logits, temperatures, weights):
-        q = q + weight * F.softmax(z / (temperature * T), dim=-1)
-    return q
+    z = 0.0
+    for teacher, temperature, weight in zip(logits, temperatures, weights):
+        z = z + weight * teacher / temperature
+    return F.softmax(z / T, dim=-1)
 
 
 def soft_divergence(q, logits):

@@ -69,9 +69,10 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, tmp_path):
         return z - np.log(np.exp(z).sum(1, keepdims=True))
 
     z = np.load("runs/ensemble/view_001.npy")[:, indices].astype(np.float64)
-    q = 0
+    together = 0
     for logits, t, weight in zip(z, ensemble["temperatures"], ensemble["weights"]):
-        q = q + weight * np.exp(log_softmax(logits / t / 3))
+        together = together + weight * logits / t
+    q = np.exp(log_softmax(together / 3))
     labels = pictures.labels[indices].numpy()
     known = labels >= 0
     ce = -log_softmax(s)[known, labels[known]].mean()
@@ -196,18 +197,18 @@ def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp
 # ---------------------------------------------------------------------------------------- ensemble
 
 
-def test_soft_targets_are_the_mixture_of_the_stored_logits(tiny):
+def test_soft_targets_are_the_product_of_experts_of_the_stored_logits(tiny):
     record = load_ensemble(tiny.runs / "ensemble")
     cached = CachedLogits(tiny.runs / "ensemble", record)
     assert cached.views == 3 and cached.logits[0].shape == (2, 105, 3)
     q = cached.targets([2, 1], [7, 100], 3.0)
     for row, view, index in ((0, 2, 7), (1, 1, 100)):
         z = np.load(tiny.runs / "ensemble" / f"view_{view:03d}.npy")[:, index].astype(np.float64)
-        expected = 0
+        together = 0
         for logits, t, weight in zip(z, record["temperatures"], record["weights"]):
-            e = np.exp(logits / t / 3)
-            expected = expected + weight * e / e.sum()
-        assert np.allclose(q[row], expected, atol=1e-5)
+            together = together + weight * logits / t
+        e = np.exp(together / 3)
+        assert np.allclose(q[row], e / e.sum(), atol=1e-5)
 
 
 def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from common.calibration import fit_temperature, fit_weights
-from common.losses import class_weights, labelled_cross_entropy, mixture, soft_divergence
+from common.losses import (
+    class_weights,
+    labelled_cross_entropy,
+    product_of_experts,
+    soft_divergence,
+)
 
 LN3 = math.log(3)
 HALF = torch.tensor([[0.5, 0.5]])
@@ -57,12 +62,14 @@ def test_balanced_classes_weigh_alike_and_unlabelled_pictures_do_not_count():
     assert float(loss) == pytest.approx((3 * 4 / 6 * math.log(4 / 3) + 2 * math.log(4)) / 4)
 
 
-def test_mixture_is_over_probabilities_with_temperatures():
-    # softened by T = 2: (3/4, 1/4) and (1/2, 1/2)
-    z = torch.tensor([[[2 * LN3, 0.0]], [[0.0, 0.0]]])
-    expected = torch.tensor([[0.7, 0.3]])
-    assert torch.allclose(mixture(z, [2.0, 1.0], [0.8, 0.2]), expected, atol=1e-6)
-    assert torch.allclose(mixture(z, [1.0, 1.0], [0.8, 0.2], T=2.0), expected, atol=1e-6)
+def test_the_ensemble_adds_weighted_logits_over_temperatures():
+    z = torch.tensor([[[2 * LN3, 0.0]], [[0.0, LN3]]])
+    # 2 ln 3 / 2 - 0.5 ln 3 = ln 3 / 2, so odds of sqrt 3.
+    odds = 3**0.5
+    expected = torch.tensor([[odds, 1.0]]) / (1 + odds)
+    assert torch.allclose(product_of_experts(z, [2.0, 1.0], [1.0, 0.5]), expected, atol=1e-6)
+    softer = product_of_experts(z, [1.0, 0.5], [1.0, 0.5], T=2.0)
+    assert torch.allclose(softer, expected, atol=1e-6)
 
 
 def test_fitted_temperature_makes_confidence_equal_accuracy_with_each_label_held_likely():
@@ -78,13 +85,17 @@ def test_a_model_without_a_mistake_keeps_a_soft_temperature():
     assert fit_temperature(logits, labels) == pytest.approx(2 / math.log(5), rel=1e-4)
 
 
-def test_fitted_weights_minimise_the_nll_of_the_mixture_and_one_imagined_picture_each():
-    p = torch.tensor([[[0.9, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]])
-    assert fit_weights(p, torch.tensor([0, 0])) == pytest.approx([0.5, 0.5])
-    # Slope of 2 ln(0.1 + 0.8 w) + ln w + ln(1 - w), the last two from the imagined pictures: 0
-    # where 3.2 w^2 - 2.2 w - 0.1 = 0.
-    expected = (2.2 + math.sqrt(6.12)) / 6.4
-    assert fit_weights(p, torch.tensor([0, 1]))[0] == pytest.approx(expected, abs=1e-4)
-    # One teacher explains both pictures alone: 2 and 1 imagined of 4.
-    sure = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
-    assert fit_weights(sure, torch.tensor([0, 1]))[0] == pytest.approx(3 / 4)
+def test_fitted_weights_count_what_each_teacher_knows_alone():
+    # Each teacher says (1, 0) of four pictures of its own and nothing of the others. Each of 8
+    # labels counts 0.9, so right 3 times of 4 is a share of (3 * 0.9 + 0.1) / 4 = 0.7, w = ln 7/3;
+    # always right is 0.9, w = ln 9. A third teacher says nothing and gets nothing.
+    z = torch.zeros(3, 8, 2)
+    z[0, :4, 0] = z[1, 4:, 0] = 1.0
+    weights = fit_weights(z, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]))
+    assert weights == pytest.approx([math.log(7 / 3), math.log(9), 0.0], abs=1e-6)
+
+
+def test_two_teachers_that_say_the_same_share_one_weight():
+    z = torch.tensor([[2.0, 0.0]]).expand(4, 2)  # of one teacher: w = ln 2 / 2, see above
+    weights = fit_weights(torch.stack([z, z]), torch.tensor([0, 0, 0, 1]))
+    assert sum(weights) == pytest.approx(math.log(2) / 2, abs=1e-6)

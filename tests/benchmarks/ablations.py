@@ -223,7 +223,7 @@ def cross_fit(ensemble, task, data, home, seed, args):
     """Replace an ensemble's answers: of each picture, those of teachers that never saw it.
 
     Each fold's teachers are trained on the other folds; their logits are divided by the
-    temperatures that their own validation gives, and weighted like the fold's mixture (Dao et al.
+    temperatures that their own validation gives, and weighted as the fold's own were (Dao et al.
     2021, "Knowledge distillation as semiparametric inference").
     """
     record = load_ensemble(ensemble)

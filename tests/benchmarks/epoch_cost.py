@@ -21,7 +21,7 @@ from common import cli
 from common.ensemble import CachedLogits, view_file, write_view
 from common.files import file_sha256
 from common.images import Decoded
-from common.losses import labelled_cross_entropy, mixture, soft_divergence
+from common.losses import labelled_cross_entropy, product_of_experts, soft_divergence
 from common.models import autocast, create_student, create_teacher, parameter_groups
 from common.pictures import Pictures
 from common.views import ViewRecipe, render
@@ -78,7 +78,7 @@ class Steps:
             return self.cache.targets(np.ones_like(indices), indices, T).to(self.device)
         with torch.inference_mode(), autocast(self.device):
             logits = torch.stack([teacher(pixels).float() for teacher in self.teachers])
-        return mixture(logits, self.cache.temperatures, self.cache.weights, T).clone()
+        return product_of_experts(logits, self.cache.temperatures, self.cache.weights, T).clone()
 
     def time(self, kind, indices):
         """(seconds of one step, seconds of it that rendering took)."""
