@@ -26,7 +26,8 @@ from common.views import ViewRecipe, render
 
 STEPS = 600
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
-EMBEDDED = {"levit_conv_128s": 300, "resnet10t": 900}  # steps on the embedded set, a few minutes
+LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
+EMBEDDED = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # steps there, a few minutes
 
 
 def parse_arguments():
@@ -68,7 +69,7 @@ def parse_arguments():
     leaks.add_argument("--allow-leakage", action="store_true",
                        help="train although test pictures are among the training pictures")
 
-    cli.add_training_flags(p)
+    cli.add_training_flags(p, None, f" (default: {LR:g}; {EMBEDDED_LR:g} on the embedded set)")
     cli.add_reading_flags(p)
     return p.parse_args()
 
@@ -172,12 +173,13 @@ def create(name, weights, record, args):
 def plan_steps(name, epochs, pictures, record, args):
     """The schedule of one teacher; where no epochs were asked for, as many as make its steps."""
     steps_per_epoch = -(-pictures // args.batch_size)
+    embedded = folders.is_embedded(record["dir"])
+    lr = args.lr or (EMBEDDED_LR if embedded else LR)
     if epochs is None:
-        embedded = folders.is_embedded(record["dir"])
         steps = EMBEDDED.get(name, STEPS) if embedded else STEPS
         epochs = training.epochs_for(steps, steps_per_epoch)
     return training.Schedule(
-        epochs, steps_per_epoch, args.lr, args.ema_decay, args.clip_grad, args.seed
+        epochs, steps_per_epoch, lr, args.ema_decay, args.clip_grad, args.seed
     )
 
 

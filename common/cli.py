@@ -137,12 +137,12 @@ def add_white_level_flag(g):
                    help="value of a 16-bit grey picture that is white; 4095 for a 12-bit camera")
 
 
-def add_training_flags(p):
-    """Optimisation, as a group of its own."""
+def add_training_flags(p, lr=1e-3, lr_note=""):
+    """Optimisation, as a group of its own. lr, lr_note: default of --lr, and words on it."""
     g = p.add_argument_group("optimisation")
     g.add_argument("-b", "--batch-size", type=positive_int, default=24, help="pictures per step")
-    g.add_argument("--lr", type=positive_float, default=1e-3,
-                   help="peak learning rate of new layers")
+    g.add_argument("--lr", type=positive_float, default=lr,
+                   help=f"peak learning rate of new layers{lr_note}")
     g.add_argument("--weight-decay", type=non_negative_float, default=0.05,
                    help="AdamW's weight decay")
     g.add_argument("--ema-decay", type=fraction, default=0.998,

@@ -16,9 +16,9 @@ from bench import combined_interval, machine, print_table, run_stages, with_inte
 
 from common import cli
 
-TEACHERS = ("levit_conv_128s", "resnet10t")
+TEACHERS = ("coatnet_nano_rw_224", "resnet10t")
 ROWS = {  # what the models' folders are called in the table
-    "levit_conv_128s": "teacher levit_conv_128s (transformer)",
+    "coatnet_nano_rw_224": "teacher coatnet_nano_rw_224 (transformer)",
     "resnet10t": "teacher resnet10t (CNN)",
     "ensemble": "ensemble of the two",
     "alone": "ResNet18 stand-alone (baseline)",
