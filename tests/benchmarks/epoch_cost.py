@@ -1,7 +1,7 @@
 """What a distillation step costs: with cached logits, stand-alone, and with the teachers online.
 
     python tests/benchmarks/epoch_cost.py --steps 3       # 2 minutes on two cores
-    python tests/benchmarks/epoch_cost.py --steps 2 --teachers coatnet_nano_rw_224 resnet10t --side 64
+    python tests/benchmarks/epoch_cost.py --side 64 --teachers coatnet_nano_rw_224 resnet10t
 
 Everything in one process, the kinds of step in turn (A B C A B C ...), medians and ratios. Weights
 do not change the time, so teachers and student start from random ones; pictures and logits are
