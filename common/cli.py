@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from common import distributed
 from common.errors import UserError, first_line
 from common.images import WHITE_LEVEL, DecodedCache
 
@@ -177,14 +178,15 @@ def pick_device(name):
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        device = torch.device(name)
+        device = distributed.own_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
         ) from None
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"device: {device}{threads}")
+    processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"device: {device}{threads}{processes}")
     return device
 
 
