@@ -133,11 +133,11 @@ def distil(output, args, watch):
 
     alpha, T = args.alpha, args.temperature
     for _ in run.epochs():
-        for indices, passes in run.batches(len(pictures), args.batch_size):
+        plan = run.batches(len(pictures), args.batch_size)
+        for indices, passes, batch in pictures.ahead(plan, device):
             views = 1 + (passes % cache.views if cache else passes)
-            batch = pictures.batch(indices, device)
             pixels = render(batch, indices, views, ensemble["seed"], recipe)
-            labels = pictures.labels[indices].to(device)
+            labels = pictures.labels[indices].to(device, non_blocking=True)
 
             with models.autocast(device):
                 logits = run.network(pixels)
@@ -145,7 +145,8 @@ def distil(output, args, watch):
             loss = labelled_cross_entropy(logits, labels, weights)
             loss = loss * distributed.label_weight(labels)
             if cache:
-                q = cache.targets(views, indices, T).to(device)  # of these very pixels
+                q = cache.targets(views, indices, T)  # of these very pixels
+                q = q.to(device, non_blocking=True)
                 loss = (1 - alpha) * loss + alpha * T**2 * soft_divergence(q, logits / T)
             run.step(loss)
         watch.lap("training")

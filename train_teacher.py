@@ -192,10 +192,10 @@ def fit(run, train, val, recipe, args, watch):
         weight_of = class_weights(train.labels, classes).to(device)
 
     for _ in run.epochs():
-        for indices, passes in run.batches(len(train), args.batch_size):
-            pictures = train.batch(indices, device)
-            pixels = render(pictures, indices, 1 + passes, args.seed, recipe)
-            labels = train.labels[indices].to(device)
+        plan = run.batches(len(train), args.batch_size)
+        for indices, passes, batch in train.ahead(plan, device):
+            pixels = render(batch, indices, 1 + passes, args.seed, recipe)
+            labels = train.labels[indices].to(device, non_blocking=True)
             with models.autocast(device):
                 logits = run.network(pixels)
             # Class weights stand outside: inside, torch would apply them to the smoothed share too.

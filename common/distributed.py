@@ -26,7 +26,7 @@ from common.files import exclusive
 from common.losses import UNLABELLED
 
 PATIENCE = timedelta(days=2)  # while process 0 decodes or validates; one that dies ends all
-GRACE = 5  # seconds that process 0 has to tell its error first
+GRACE = 5  # seconds for torchrun to notice that another process ended
 
 
 def size():
@@ -43,8 +43,9 @@ def rank():
 def processes():
     """Join the processes that torchrun started, until the script's main() ends.
 
-    Prints of all but process 0 are dropped. So are their errors where process 0 has one too: it
-    ends first, and torchrun then ends the others.
+    Prints of all but process 0 are dropped. A process with an error first waits a little, unless it
+    is process 0 with a UserError: where that is told, or another process has died and this one only
+    missed it, torchrun ends it meanwhile, and one error stands on the screen.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
@@ -56,21 +57,17 @@ def processes():
             with redirect_stdout(nowhere) if rank() else nullcontext():
                 yield
                 barrier()
-    except UserError:
-        if rank():
+    except Exception as error:
+        if rank() or not isinstance(error, UserError):
             time.sleep(GRACE)
         raise
     dist.destroy_process_group()
 
 
 def barrier():
-    """Wait for all processes. Raises UserError where one of them has ended."""
-    if size() == 1:
-        return
-    try:
-        dist.all_reduce(torch.zeros(1))  # on the CPU: the wait may be longer than NCCL allows
-    except RuntimeError:
-        raise UserError("another process has ended; its message says why") from None
+    """Wait for all processes; on the CPU, since NCCL would keep a GPU busy with waiting."""
+    if size() > 1:
+        dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ The loop itself is in the scripts:
     run = Run(model, groups, schedule, folder, record)
     run.start(resume=False)
     for _ in run.epochs():
-        for indices, passes in run.batches(len(pictures), batch_size):
+        plan = run.batches(len(pictures), batch_size)
+        for indices, passes, batch in pictures.ahead(plan, device):
             loss = ...                  # of run.network(pixels)
             run.step(loss)              # backward, clip, optimiser, schedule, averaged weights
         run.finish_epoch(val)           # ten times a run: validate; best.pt, last.pt, log.csv
