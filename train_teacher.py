@@ -4,6 +4,7 @@
     python train_teacher.py --epochs 2 --model resnet10t  # a minute on a laptop
     python train_teacher.py --data-dir my_parts --pretrained \\
         --model vit_small_patch14_dinov2 tf_efficientnet_lite0
+    torchrun --standalone --nproc-per-node 4 train_teacher.py -b 96  # a process per GPU
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where it exists (else part of train is held out)
 Writes  runs/<model>/best.pt   averaged weights of the epoch that was chosen on val

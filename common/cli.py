@@ -141,7 +141,8 @@ def add_white_level_flag(g):
 def add_training_flags(p):
     """Optimisation, as a group of its own."""
     g = p.add_argument_group("optimisation")
-    g.add_argument("-b", "--batch-size", type=positive_int, default=24, help="pictures per step")
+    g.add_argument("-b", "--batch-size", type=positive_int, default=24,
+                   help="pictures per step, of all processes together")
     g.add_argument("--lr", type=positive_float, default=1e-3,
                    help="peak learning rate of new layers")
     g.add_argument("--weight-decay", type=non_negative_float, default=0.05,

@@ -1,4 +1,4 @@
-"""Several processes for one script, one per GPU, started by torchrun. Alone, it does nothing.
+"""One script as several processes, one per GPU, started by torchrun; alone, nothing changes.
 
     torchrun --standalone --nproc-per-node 2 train_teacher.py --data-dir my_parts
 
@@ -29,14 +29,19 @@ PATIENCE = timedelta(days=2)  # while process 0 decodes or validates; one that d
 GRACE = 5  # seconds for torchrun to notice that another process ended
 
 
+def several():
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def size():
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if several() else 1
 
 
 def rank():
     """The number of this process; 0 prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if several() else 0
 
 
 @contextmanager
