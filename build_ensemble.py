@@ -6,8 +6,8 @@
 
 Reads   teachers' best.pt, and the pictures they were trained on
 Writes  runs/ensemble/ensemble.json   teachers, classes, data, views, temperatures, weights
-        runs/ensemble/view_VVV.npy    raw logits, float32 [teachers, pictures, classes]; view 0 is
-                                      the plain picture
+        runs/ensemble/view_VVV.npy    raw logits [teachers, pictures, classes]; view 0 is the plain
+                                      picture
 Next    distill.py
 
 An interrupted build goes on where it stopped. Costs one forward pass per teacher, picture and view.
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, folders, labels, models, splits
+from common import cli, distributed, folders, labels, models, splits
 from common.calibration import fit_temperature, fit_weights
 from common.checkpoints import peek
 from common.ensemble import SCHEMA, CachedLogits, begin, load_ensemble, view_file, write_view
 from common.errors import UserError, require_same
-from common.files import exclusive, file_sha256, save_json, versions
+from common.files import file_sha256, save_json, versions
 from common.losses import product_of_experts
 from common.metrics import score
 from common.views import ViewRecipe, render
@@ -47,6 +47,9 @@ def parse_arguments():
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
     p.add_argument("--teacher-weights", choices=["fitted", "equal"], default="fitted",
                    help="weights of the teachers: fitted on validation pictures, or equal")
+    p.add_argument("--dtype", choices=["float32", "float16"], default="float32",
+                   help="of the stored logits; float16 takes half the space and changes soft "
+                   "targets by less than 0.001")
     p.add_argument("--check", type=cli.positive_int, metavar="N",
                    help="instead of building, recompute N stored picture-views and compare")
     p.add_argument("--seed", type=cli.natural, default=0, help="of the views")
@@ -66,12 +69,13 @@ def parse_arguments():
     return p.parse_args()
 
 
+@distributed.processes()
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     if args.check:
         check(args, watch)
     else:
-        with exclusive(args.output):
+        with distributed.hold(args.output):
             build(args, watch)
     print(watch)
 
@@ -81,9 +85,10 @@ def build(args, watch):
     paths = args.checkpoint or find_teachers()
     device = cli.pick_device(args.device)
     teachers, records = load_teachers(paths, device)
-    train, val, data = open_pictures(records[0]["data"], args)
-    pool_dir = folders.pool_folder(data["dir"], args.unlabelled)
-    pool = splits.open_unlabelled(cli.decoded_cache(args), pool_dir, data) if pool_dir else None
+    with distributed.first_then_others():
+        train, val, data = open_pictures(records[0]["data"], args)
+        pool_dir = folders.pool_folder(data["dir"], args.unlabelled)
+        pool = splits.open_unlabelled(cli.decoded_cache(args), pool_dir, data) if pool_dir else None
     pictures = train + pool if pool else train
     watch.lap("pictures")
 
@@ -99,38 +104,48 @@ def build(args, watch):
         "pictures": len(pictures),
         "view_recipe": recipe.record(),
         "seed": args.seed,
-        "dtype": "float32",
+        "dtype": args.dtype,
     }
     if pool:
         spec["unlabelled"] = {"dir": pool_dir.as_posix(), "fingerprint": pool.fingerprint()}
-    begin(folder, spec, args.overwrite)
 
     # Temperatures, weights and doubtful labels.
-    val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
-    combination = combine(val_logits, val.labels, args.teacher_weights, paths)
-    watch.lap("validation")
-    doubtful = doubt(teachers, train, val, val_logits, combination["temperatures"])
-    for line in labels.describe(doubtful, data["classes"]):
-        print(line)
-    watch.lap("doubtful labels")
+    if distributed.rank() == 0:
+        begin(folder, spec, args.overwrite)
+        val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
+        combination = combine(val_logits, val.labels, args.teacher_weights, paths)
+        watch.lap("validation")
+        doubtful = doubt(teachers, train, val, val_logits, combination["temperatures"])
+        for line in labels.describe(doubtful, data["classes"]):
+            print(line)
+        watch.lap("doubtful labels")
+    distributed.barrier()
 
     # The views that an earlier start has not stored.
     wanted = PICTURE_VIEWS if pool else LABELLED_VIEWS
     views = 1 + (args.views or max(4, wanted // len(pictures)))
     missing = [view for view in range(views) if not view_file(folder, view).is_file()]
     print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
-    batches = in_batches(np.arange(len(pictures)), args.batch_size)
-    with tqdm(total=len(missing) * len(pictures), desc="logits", disable=None, leave=False) as bar:
+    # Whole batches are shared out, so that several processes round as one does.
+    batches = distributed.share(in_batches(np.arange(len(pictures)), args.batch_size))
+    shape = (len(teachers), len(pictures), len(data["classes"]))
+    total = len(missing) * sum(map(len, batches))
+    hidden = distributed.rank() > 0 or None  # None: only where there is no terminal
+    with tqdm(total=total, desc="logits", disable=hidden, leave=False) as bar:
         for view in missing:
-            logits = np.empty((len(teachers), len(pictures), len(data["classes"])), np.float32)
-            for indices in batches:
-                same = np.full(len(indices), view)
-                pixels = render(pictures.batch(indices, device), indices, same, args.seed, recipe)
+            logits = np.zeros(shape, np.float32)
+            plan = [(indices, np.full(len(indices), view)) for indices in batches]
+            for indices, same, batch in pictures.ahead(plan, device):
+                pixels = render(batch, indices, same, args.seed, recipe)
                 logits[:, indices] = teacher_logits(teachers, pixels)
                 bar.update(len(indices))
-            write_view(folder, view, logits)
+            distributed.sum_to_first(logits)
+            if distributed.rank() == 0:
+                write_view(folder, view, logits.astype(args.dtype, copy=False))
             tqdm.write(f"view {view} of {views - 1} stored")
     watch.lap("teachers")
+    if distributed.rank():
+        return
 
     digests = [file_sha256(view_file(folder, view)) for view in range(views)]
     rest = {"doubtful": doubtful, "versions": versions(), "sha256": digests}
@@ -262,17 +277,20 @@ def check(args, watch):
     recipe = cli.stored_recipe(ViewRecipe, record, args.output)
     rng = np.random.default_rng(args.seed)
     picks = rng.integers(0, [1 + cached.views, len(pictures)], (args.check, 2))
-    worst = 0.0
+    worst, largest = 0.0, 0.0
     for part in in_batches(picks, args.batch_size):
         views, indices = part.T
         pixels = render(pictures.batch(indices, device), indices, views, record["seed"], recipe)
-        gap = np.abs(cached.of(views, indices) - teacher_logits(teachers, pixels)).max()
-        worst = max(worst, float(gap))
+        stored, fresh = cached.of(views, indices), teacher_logits(teachers, pixels)
+        worst = max(worst, float(np.abs(stored - fresh).max()))
+        largest = max(largest, float(np.abs(stored).max()))
     watch.lap("teachers")
-    if not worst <= TOLERANCE:
+    # The stored ones are rounded to numbers of their type.
+    allowed = TOLERANCE + float(np.spacing(np.asarray(largest, record["dtype"]))) / 2
+    if not worst <= allowed:
         raise UserError(
             f"{args.output}: stored logits differ from the teachers' by {worst:.2g} "
-            f"(tolerance {TOLERANCE:g}); build again with --overwrite"
+            f"(tolerance {allowed:.2g}); build again with --overwrite"
         )
     print(
         f"{args.output}: {args.check} stored picture-views recomputed, "

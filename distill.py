@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, export, folders, models, splits, training
+from common import cli, distributed, export, folders, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
 from common.errors import UserError
-from common.files import exclusive, file_sha256
+from common.files import file_sha256
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.threshold import good_class
 from common.views import ViewRecipe, render
@@ -80,11 +80,13 @@ def parse_arguments():
     return p.parse_args()
 
 
+@distributed.processes()
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     output = Path(args.output)
+    distributed.check_batch(args.batch_size)
     training.check_run_folder(output, args.resume, args.overwrite)
-    with exclusive(output):
+    with distributed.hold(output):
         distil(output, args, watch)
     print(watch)
 
@@ -95,7 +97,8 @@ def distil(output, args, watch):
     ensemble = load_ensemble(args.ensemble)
     recipe = cli.stored_recipe(ViewRecipe, ensemble, args.ensemble)
     device = cli.pick_device(args.device)
-    labelled, everything, val, data = open_pictures(ensemble, args)
+    with distributed.first_then_others():
+        labelled, everything, val, data = open_pictures(ensemble, args)
     classes = data["classes"]
     cache = CachedLogits(args.ensemble, ensemble) if args.alpha else None
     pictures = everything if args.alpha else labelled
@@ -104,7 +107,8 @@ def distil(output, args, watch):
     # The student.
     torch.manual_seed(args.seed)
     img_size = args.img_size or data["view_size"]
-    model = models.create_student(len(classes), img_size, args.pretrained, args.weights)
+    with distributed.first_then_others():
+        model = models.create_student(len(classes), img_size, args.pretrained, args.weights)
     model.to(device, memory_format=torch.channels_last)
     groups = models.parameter_groups(model, args.weight_decay)
     weights = None
@@ -129,25 +133,28 @@ def distil(output, args, watch):
 
     alpha, T = args.alpha, args.temperature
     for _ in run.epochs():
-        for indices, passes in run.batches(len(pictures), args.batch_size):
+        plan = run.batches(len(pictures), args.batch_size)
+        for indices, passes, batch in pictures.ahead(plan, device):
             views = 1 + (passes % cache.views if cache else passes)
-            batch = pictures.batch(indices, device)
             pixels = render(batch, indices, views, ensemble["seed"], recipe)
-            labels = pictures.labels[indices].to(device)
+            labels = pictures.labels[indices].to(device, non_blocking=True)
 
             with models.autocast(device):
-                logits = model(pixels)
+                logits = run.network(pixels)
             logits = logits.float()
             loss = labelled_cross_entropy(logits, labels, weights)
+            loss = loss * distributed.label_weight(labels)
             if cache:
-                q = cache.targets(views, indices, T).to(device)  # of these very pixels
+                q = cache.targets(views, indices, T)  # of these very pixels
+                q = q.to(device, non_blocking=True)
                 loss = (1 - alpha) * loss + alpha * T**2 * soft_divergence(q, logits / T)
             run.step(loss)
         watch.lap("training")
         run.finish_epoch(val)
         watch.lap("validation")
 
-    export_best(output, everything, val, ensemble, args)
+    if distributed.rank() == 0:
+        export_best(output, everything, val, ensemble, args)
     watch.lap("export")
 
 

@@ -4,6 +4,7 @@
     python train_teacher.py --epochs 2 --model resnet10t  # a minute on a laptop
     python train_teacher.py --data-dir my_parts --pretrained \\
         --model vit_small_patch14_dinov2 tf_efficientnet_lite0
+    torchrun --standalone --nproc-per-node 4 train_teacher.py -b 96  # a process per GPU
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where it exists (else part of train is held out)
 Writes  runs/<model>/best.pt   averaged weights of the epoch that was chosen on val
@@ -18,9 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import cli, folders, models, splits, training
+from common import cli, distributed, folders, models, splits, training
 from common.errors import UserError
-from common.files import exclusive
 from common.losses import class_weights
 from common.views import ViewRecipe, render
 
@@ -74,11 +74,13 @@ def parse_arguments():
     return p.parse_args()
 
 
+@distributed.processes()
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     recipe = cli.changed_recipe(ViewRecipe(), args.view_recipe)
     weights, epochs = args.weights or [None], args.epochs or [None]
     check_models(args.model, weights, epochs)
+    distributed.check_batch(args.batch_size)
 
     # A run is never overwritten unasked. An interruption may leave teachers that had not begun.
     homes = [Path(args.output) / name for name in args.model]
@@ -89,12 +91,14 @@ def main():
 
     with ExitStack() as held:
         for home in homes:
-            held.enter_context(exclusive(home))
+            held.enter_context(distributed.hold(home))
         device = cli.pick_device(args.device)
-        train, val, record = open_pictures(args)
+        with distributed.first_then_others():
+            train, val, record = open_pictures(args)
         watch.lap("pictures")
         for number, name in enumerate(args.model):
-            model, groups = create(name, weights[number % len(weights)], record, args)
+            with distributed.first_then_others():
+                model, groups = create(name, weights[number % len(weights)], record, args)
             model.to(device, memory_format=torch.channels_last)
             schedule = plan_steps(name, epochs[number % len(epochs)], len(train), record, args)
             run = training.Run(model, groups, schedule, homes[number], {
@@ -185,18 +189,18 @@ def plan_steps(name, epochs, pictures, record, args):
 
 def fit(run, train, val, recipe, args, watch):
     """Train one teacher: cross-entropy with label smoothing on fresh views in every pass."""
-    model, device, classes = run.model, run.device, len(run.record["classes"])
+    device, classes = run.device, len(run.record["classes"])
     weight_of = torch.ones(classes, device=device)
     if args.balance_classes:
         weight_of = class_weights(train.labels, classes).to(device)
 
     for _ in run.epochs():
-        for indices, passes in run.batches(len(train), args.batch_size):
-            pictures = train.batch(indices, device)
-            pixels = render(pictures, indices, 1 + passes, args.seed, recipe)
-            labels = train.labels[indices].to(device)
+        plan = run.batches(len(train), args.batch_size)
+        for indices, passes, batch in train.ahead(plan, device):
+            pixels = render(batch, indices, 1 + passes, args.seed, recipe)
+            labels = train.labels[indices].to(device, non_blocking=True)
             with models.autocast(device):
-                logits = model(pixels)
+                logits = run.network(pixels)
             # Class weights stand outside: inside, torch would apply them to the smoothed share too.
             each = F.cross_entropy(
                 logits.float(), labels, label_smoothing=LABEL_SMOOTHING, reduction="none"
@@ -206,11 +210,12 @@ def fit(run, train, val, recipe, args, watch):
         run.finish_epoch(val)
         watch.lap("validation")
 
-    best = run.best
-    print(
-        f"{run.folder / 'best.pt'}: val accuracy {best['accuracy']:.3f}, "
-        f"balanced {best['balanced_accuracy']:.3f}, NLL {best['nll']:.3f} ({best['n']} pictures)"
-    )
+    if distributed.rank() == 0:
+        best = run.best
+        print(
+            f"{run.folder / 'best.pt'}: val accuracy {best['accuracy']:.3f}, balanced "
+            f"{best['balanced_accuracy']:.3f}, NLL {best['nll']:.3f} ({best['n']} pictures)"
+        )
 
 
 if __name__ == "__main__":

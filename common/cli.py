@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from common import distributed
 from common.errors import UserError, first_line
 from common.images import WHITE_LEVEL, DecodedCache
 
@@ -140,7 +141,8 @@ def add_white_level_flag(g):
 def add_training_flags(p, lr=1e-3, lr_note=""):
     """Optimisation, as a group of its own. lr, lr_note: default of --lr, and words on it."""
     g = p.add_argument_group("optimisation")
-    g.add_argument("-b", "--batch-size", type=positive_int, default=24, help="pictures per step")
+    g.add_argument("-b", "--batch-size", type=positive_int, default=24,
+                   help="pictures per step, of all processes together")
     g.add_argument("--lr", type=positive_float, default=lr,
                    help=f"peak learning rate of new layers{lr_note}")
     g.add_argument("--weight-decay", type=non_negative_float, default=0.05,
@@ -177,14 +179,15 @@ def pick_device(name):
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        device = torch.device(name)
+        device = distributed.own_device(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
         ) from None
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"device: {device}{threads}")
+    processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"device: {device}{threads}{processes}")
     return device
 
 

@@ -23,7 +23,7 @@ def view_file(folder, view):
 
 
 def write_view(folder, view, logits):
-    """Write one view's logits, float32 [teachers, pictures, classes], whole or not at all."""
+    """Write one view's logits, float [teachers, pictures, classes], whole or not at all."""
     with atomic_path(view_file(folder, view)) as temporary, open(temporary, "wb") as file:
         np.save(file, logits)
 
@@ -106,7 +106,7 @@ class CachedLogits:
     def of(self, views, indices):
         """Raw logits float32 [teachers, B, classes] of picture indices[b] in view views[b]."""
         columns = [self.logits[view][:, i] for view, i in zip(views, indices)]
-        return np.stack(columns, axis=1)
+        return np.stack(columns, axis=1).astype(np.float32, copy=False)
 
     def targets(self, views, indices, T):
         """Soft targets at temperature T, float32 tensor [B, classes], rows summing to 1."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -51,7 +53,20 @@ class Pictures:
     def batch(self, indices, device="cpu"):
         """uint8 [B, S, S, 3] on the device."""
         rows = [self.parts[self.part_of[i]].images[self.row_of[i]] for i in indices]
-        return torch.from_numpy(np.stack(rows)).to(device)
+        batch = torch.from_numpy(np.stack(rows))
+        if torch.device(device).type == "cuda":  # else the copy would wait for the GPU
+            batch = batch.pin_memory()
+        return batch.to(device, non_blocking=True)
+
+    def ahead(self, plan, device):
+        """(indices, views, `batch` of the indices) of each step; the next one is read meanwhile.
+
+        plan: iterable of (indices, views).
+        """
+        with ThreadPoolExecutor(1) as reader:
+            steps = ((*step, reader.submit(self.batch, step[0], device)) for step in plan)
+            for (indices, views, batch), _ in pairwise(chain(steps, [None])):
+                yield indices, views, batch.result()
 
     def path(self, i):
         """Where picture i lies, from its folder's name on: train/good/17.jpg."""

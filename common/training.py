@@ -5,8 +5,9 @@ The loop itself is in the scripts:
     run = Run(model, groups, schedule, folder, record)
     run.start(resume=False)
     for _ in run.epochs():
-        for indices, passes in run.batches(len(pictures), batch_size):
-            loss = ...
+        plan = run.batches(len(pictures), batch_size)
+        for indices, passes, batch in pictures.ahead(plan, device):
+            loss = ...                  # of run.network(pixels)
             run.step(loss)              # backward, clip, optimiser, schedule, averaged weights
         run.finish_epoch(val)           # ten times a run: validate; best.pt, last.pt, log.csv
 """
@@ -22,6 +23,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
+from common import distributed
 from common.checkpoints import load, save
 from common.errors import UserError, require_same
 from common.files import atomic_path
@@ -85,6 +87,7 @@ class Run:
         record: what the checkpoints say beside metrics and weights, with `args` and `data`."""
         self.model, self.schedule, self.folder, self.record = model, schedule, Path(folder), record
         self.device = next(model.parameters()).device
+        self.network = distributed.parallel(model)  # what the loop calls
         self.optimizer = torch.optim.AdamW(
             groups, lr=schedule.lr, fused=self.device.type in ("cuda", "cpu")
         )
@@ -118,8 +121,9 @@ class Run:
         of another run.
         """
         if not (resume and (self.folder / "last.pt").is_file()):
-            for name in WRITTEN:
-                (self.folder / name).unlink(missing_ok=True)
+            if distributed.rank() == 0:
+                for name in WRITTEN:
+                    (self.folder / name).unlink(missing_ok=True)
             return
         state = load(self.folder / "last.pt")
         remedy = "resume with the flags the run began with"
@@ -147,20 +151,26 @@ class Run:
         s, first = self.schedule, self.epoch
         self.began, self.first_epoch = time.perf_counter(), first
         self.bar = tqdm(
-            total=s.steps, initial=self.steps_done, desc=str(self.folder), disable=None, leave=False
+            total=s.steps, initial=self.steps_done, desc=str(self.folder), leave=False,
+            disable=distributed.rank() > 0 or None,
         )
         with self.bar:
             for epoch in range(first + 1, s.epochs + 1):
                 self.epoch = epoch
                 self.losses = torch.zeros((), device=self.device)
-                torch.manual_seed(s.seed * 1_000_003 + epoch)
+                torch.manual_seed(s.seed * 1_000_003 + epoch + (distributed.rank() << 40))
                 self.model.train()
                 yield epoch
 
     def batches(self, count, batch_size):
-        """(indices, passes) of each step of this epoch, see `views.batch_plan`."""
+        """(indices, passes) of each step of this epoch, see `views.batch_plan`.
+
+        batch_size: of all processes together; each gets its share.
+        """
         s = self.schedule
-        return batch_plan(count, batch_size, s.seed, self.steps_done, s.steps_per_epoch)
+        plan = batch_plan(count, batch_size, s.seed, self.steps_done, s.steps_per_epoch)
+        for indices, passes in plan:
+            yield distributed.share(indices), distributed.share(passes)
 
     def step(self, loss):
         """Backward, gradient clipping, optimiser, and averaged weights. loss: a scalar tensor."""
@@ -185,7 +195,7 @@ class Run:
         val: the `Pictures` that choose the epoch. Raises FloatingPointError when the epoch's loss
         is not finite.
         """
-        loss = float(self.losses) / self.schedule.steps_per_epoch
+        loss = float(distributed.mean(self.losses)) / self.schedule.steps_per_epoch
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"{self.folder}: the loss of epoch {self.epoch} is {loss}; try a lower --lr"
@@ -193,10 +203,12 @@ class Run:
         epochs = self.schedule.epochs
         if self.epoch * SAVES // epochs == (self.epoch - 1) * SAVES // epochs:
             return
-        logits = predict(self.ema.module, val, self.device)
-        metrics = score(torch.softmax(logits, dim=1), val.labels)
-        self.log(loss, metrics)
-        self.write(metrics, balanced_number(val.labels))
+        if distributed.rank() == 0:
+            logits = predict(self.ema.module, val, self.device)
+            metrics = score(torch.softmax(logits, dim=1), val.labels)
+            self.log(loss, metrics)
+            self.write(metrics, balanced_number(val.labels))
+        distributed.barrier()
 
     def log(self, loss, metrics):
         """Add a row to the training curve and print it, with the time that is left."""

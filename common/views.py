@@ -114,7 +114,7 @@ def render(pictures, indices, views, seed, recipe):
     u = uniform(seed, views, indices, PARAMETERS)
 
     # Geometry. Written out, since the rounding of a matrix product may depend on the batch.
-    m = on(device, warp(u, recipe))
+    m = on(device, torch.from_numpy(warp(u, recipe)))
     axis = (torch.arange(side, device=device, dtype=torch.float32) * 2 + 1) / side - 1
     x, y = axis[None, None, :], axis[None, :, None]
     source_x = m[:, 0] * x + m[:, 1] * y + m[:, 2]
@@ -122,18 +122,24 @@ def render(pictures, indices, views, seed, recipe):
     grid = torch.stack([source_x, source_y], dim=-1)
     warped = F.grid_sample(plain, grid, padding_mode="reflection", align_corners=False)
 
-    # Colour. The mean is a sum of integers, exact in any order of summation.
-    total = pictures.sum(dim=(1, 2, 3), dtype=torch.int64).cpu().numpy()
-    gain, offset = colour(u, total / (3.0 * side * side), recipe)
+    # Colour. The mean is a sum of integers, exact in any order: float32 holds a row's, float64 the
+    # picture's. It stays on the device, since looking at it would wait for a GPU.
+    rows = plain.sum(dim=3)
+    if device.type == "mps":  # has no float64
+        rows = rows.cpu()
+    mean = rows.sum(dim=(1, 2), dtype=torch.float64) / (3.0 * side * side)
+    u = torch.from_numpy(u).to(mean.device, non_blocking=True)
+    gain, offset = colour(u, mean, recipe)
     result = (warped * on(device, gain) + on(device, offset)).clamp_(0.0, 255.0)
 
-    keep_plain = torch.from_numpy(views == 0).to(device)[:, None, None, None]
-    return torch.where(keep_plain, plain, result).contiguous(memory_format=torch.channels_last)
+    is_plain = torch.from_numpy(views == 0).to(device, non_blocking=True)
+    result = torch.where(is_plain[:, None, None, None], plain, result)
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 def on(device, values):
-    """float64 array [B, C] -> float32 tensor [B, C, 1, 1] on the device."""
-    return torch.from_numpy(values.astype(np.float32)).to(device)[:, :, None, None]
+    """float64 tensor [B, C] -> float32 [B, C, 1, 1] on the device."""
+    return values.float().to(device, non_blocking=True)[:, :, None, None]
 
 
 def warp(u, recipe):
@@ -155,7 +161,8 @@ def warp(u, recipe):
 def colour(u, mean, recipe):
     """(gain, offset) float64 [B, 3]: a channel's value becomes gain * value + offset.
 
-    u: float64 [B, 11] in [0, 1); mean: of each picture [B] in [0, 255], about which contrast turns.
+    u: float64 [B, 11] in [0, 1); mean: of each picture, float64 [B] in [0, 255], about which
+    contrast turns. All are tensors.
     """
     sign = 2.0 * u - 1.0
     contrast = 1.0 + recipe.contrast * sign[:, 6]

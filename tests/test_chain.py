@@ -258,6 +258,25 @@ def test_the_ensemble_can_be_asked_for_other_views_than_the_teachers_saw(inside,
     assert np.abs(view[0] - view[1]).max() > 0.1
 
 
+def test_logits_in_float16_take_half_the_space_and_give_nearly_the_same_targets(inside, tmp_path):
+    half, whole = tmp_path / "half", inside.runs / "ensemble"
+    words = ("--output", half, *CPU)
+    assert call(build_ensemble.main, "--views", 3, "--dtype", "float16", *words) == 0
+    assert call(build_ensemble.main, "--check", 60, *words) == 0
+    assert call(build_ensemble.main, "--views", 3, *words) == 2  # an ensemble of another dtype
+    records = [load_ensemble(folder) for folder in (half, whole)]
+    assert [record["dtype"] for record in records] == ["float16", "float32"]
+    assert np.load(half / "view_001.npy").dtype == np.float16
+
+    everything = np.arange(105)
+    views = 1 + everything % 3
+    cached = [CachedLogits(*pair) for pair in zip((half, whole), records)]
+    for T in (1.0, 2.0):
+        rounded, exact = (logits.targets(views, everything, T) for logits in cached)
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        assert (rounded - exact).abs().max() < 1e-3
+
+
 def test_the_ensemble_lists_the_labels_it_doubts_by_path(tmp_path, monkeypatch, capfd):
     parts = make_set(tmp_path / "parts", {"train": 24, "val": 8, "test": 2})
     (parts / "train" / "level" / "l003.png").rename(parts / "train" / "upright" / "wrong.png")

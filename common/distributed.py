@@ -1,0 +1,160 @@
+"""One script as several processes, one per GPU, started by torchrun; alone, nothing changes.
+
+    torchrun --standalone --nproc-per-node 2 train_teacher.py --data-dir my_parts
+
+Process 0 alone prints, validates and writes, so all need to see the same folders. Gradients are
+averaged by torch's DistributedDataParallel, over NCCL between GPUs and gloo between CPUs.
+
+Batch norm: on GPUs its statistics are those of the whole batch (SyncBatchNorm), as in one process.
+torch has that for GPUs only, so on CPUs each process uses its share's, and the running averages
+are process 0's: a network with batch norm trains a little differently there, as with a smaller
+batch. All other networks train as in one process, but for rounding.
+"""
+
+import os
+import time
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from common.files import exclusive
+from common.losses import UNLABELLED
+
+PATIENCE = timedelta(days=2)  # while process 0 decodes or validates; one that dies ends all
+GRACE = 5  # seconds for torchrun to notice that another process ended
+
+
+def several():
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def size():
+    """How many processes there are."""
+    return dist.get_world_size() if several() else 1
+
+
+def rank():
+    """The number of this process; 0 prints and writes."""
+    return dist.get_rank() if several() else 0
+
+
+@contextmanager
+def processes():
+    """Join the processes that torchrun started, until the script's main() ends.
+
+    Prints of all but process 0 are dropped. A process with an error first waits a little, unless it
+    is process 0 with a UserError: where that is told, or another process has died and this one only
+    missed it, torchrun ends it meanwhile, and one error stands on the screen.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            with redirect_stdout(nowhere) if rank() else nullcontext():
+                yield
+                barrier()
+    except Exception as error:
+        if rank() or not isinstance(error, UserError):
+            time.sleep(GRACE)
+        raise
+    dist.destroy_process_group()
+
+
+def barrier():
+    """Wait for all processes; on the CPU, since NCCL would keep a GPU busy with waiting."""
+    if size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def first_then_others():
+    """Let process 0 through the block before the others: it downloads and decodes for all."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def hold(folder):
+    """`files.exclusive`, taken by process 0 for all."""
+    return nullcontext() if rank() else exclusive(folder)
+
+
+def own_device(device):
+    """The GPU of this process where there are several; any other device as it is."""
+    if size() == 1 or device.type != "cuda":
+        return device
+    wanted, present = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if wanted > present:
+        raise UserError(f"{wanted} processes for {present} GPUs; use --nproc-per-node {present}")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_batch(batch_size):
+    """Raise a UserError for a batch that cannot be shared evenly."""
+    if batch_size % size():
+        near = max(1, round(batch_size / size())) * size()
+        raise UserError(
+            f"--batch-size {batch_size} is of all {size()} processes together and must be a "
+            f"multiple of {size()}; {near} is one"
+        )
+
+
+def share(items):
+    """This process's part of a sequence or array: every item has one owner."""
+    return items[rank()::size()]
+
+
+def parallel(model):
+    """The network to train with: the model itself, or its DistributedDataParallel.
+
+    Its parameters stay the model's own. On GPUs batch norms of the model are replaced.
+    """
+    if size() == 1:
+        return model
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        convert_sync_batchnorm(model)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices)
+
+
+def mean(tensor):
+    """The mean of the processes' tensors, the same on all."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= size()
+    return tensor
+
+
+def label_weight(labels):
+    """What to multiply the mean loss of this share's labelled pictures by.
+
+    labels: int64 [B]. Shares hold different numbers of them; with n of the N labelled pictures and
+    P processes it is P n / N, so that the mean over processes is the mean over labelled pictures.
+    """
+    if size() == 1:
+        return 1.0
+    own = (labels != UNLABELLED).sum().float()
+    return own / mean(own.clone()).clamp(min=1 / size())
+
+
+def sum_to_first(array):
+    """Add the processes' float32 arrays up in that of process 0, in place.
+
+    Each place must be zero in all processes but one: as integers their sum keeps every bit.
+    """
+    if size() > 1:
+        dist.reduce(torch.from_numpy(array).view(torch.int32), dst=0)

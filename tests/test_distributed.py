@@ -1,0 +1,149 @@
+"""Two processes under torchrun compute what one does; here over gloo, on CPUs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CPU, ROOT, call
+
+import build_ensemble
+import distill
+import train_teacher
+from common import distributed, models, training
+from common.checkpoints import load
+
+# What torchrun starts: scripts one after the other, in float32 and with a student without batch
+# norm, since the rounding of bfloat16 and the statistics of half a batch are not the same. With
+# `die` process 1 is killed after its third epoch.
+PROGRAM = """
+import json, os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_distributed as test
+from common import cli
+test.in_float32_without_batch_norm(setattr)
+finish_epoch = test.training.Run.finish_epoch
+def finish_or_die(run, val):
+    if {die} and run.epoch == 3 and test.distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish_epoch(run, val)
+test.training.Run.finish_epoch = finish_or_die
+for script, words in json.loads(sys.argv[1]):
+    sys.argv = [script, *words]
+    cli.run(getattr(test, script).main)
+"""
+
+
+def in_float32_without_batch_norm(setattr):
+    """Change the scripts of this process by means of `setattr`."""
+    for module in (models, training):
+        setattr(module, "precision", lambda device: None)
+
+    def create_student(classes, img_size, pretrained, weights):
+        return models.create_teacher("test_vit", classes, img_size)
+
+    setattr(models, "create_student", create_student)
+    setattr(distill, "export_best", lambda *_: None)
+
+
+def torchrun(folder, calls, die=False):
+    """Run scripts in two processes. calls: (script, words) pairs. Returns the finished process."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), die=die))
+    plain = [(script.__name__, [str(word) for word in words]) for script, words in calls]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(program), json.dumps(plain)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def teacher(output, *more):
+    words = ("--data-dir", "parts", "--view-size", 32, "--model", "test_vit", "--epochs", 6)
+    return train_teacher, (*words, "-b", 16, "--output", output, *CPU, *more)
+
+
+@pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory):
+    """Folders of the same teacher, ensemble and student: .one of one process, .two of two."""
+    home = tmp_path_factory.mktemp("both")
+    before = os.getcwd()
+    os.chdir(tiny.root)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            in_float32_without_batch_norm(patch.setattr)
+            for script, words in stages(home / "one"):
+                assert call(script.main, *words) == 0
+            torch.set_num_threads(threads)
+        process = torchrun(home, stages(home / "two"))
+    finally:
+        os.chdir(before)
+    assert process.returncode == 0, process.stderr
+    return SimpleNamespace(one=home / "one", two=home / "two", printed=process.stdout)
+
+
+def stages(home):
+    """(script, words) of a teacher, the ensemble of the shared teachers, and a student of it."""
+    teachers = ("runs/test_resnet/best.pt", "runs/test_vit/best.pt")
+    student = ("runs/ensemble", "--epochs", 3, "-b", 30, "--alpha", 0.5, "--balance-classes")
+    return [
+        teacher(home),
+        (build_ensemble, (*teachers, "--views", 3, "-b", 8, "--output", home / "ensemble", *CPU)),
+        (distill, (*student, "--output", home / "student", *CPU)),
+    ]
+
+
+def losses(run):
+    with open(run / "log.csv", newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_two_processes_write_the_very_files_of_an_ensemble_that_one_writes(both):
+    names = sorted(file.name for file in (both.one / "ensemble").iterdir())
+    assert len(names) == 5
+    for name in names:
+        one, two = (folder / "ensemble" / name for folder in (both.one, both.two))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+def test_a_teacher_of_two_processes_has_the_loss_curve_of_one(both):
+    one, two = (losses(folder / "test_vit") for folder in (both.one, both.two))
+    assert len(one) == 6
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_a_student_of_two_processes_has_the_loss_curve_of_one_with_uneven_labels(both):
+    """Batches of 30 hold about 16 labelled pictures, in two shares of rarely the same number."""
+    one, two = (losses(folder / "student") for folder in (both.one, both.two))
+    assert len(one) == 3
+    assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_process_0_alone_prints(both):
+    assert both.printed.count("test_vit epoch 1/6") == 1
+    assert both.printed.count("2 processes") == 3
+
+
+def test_a_run_that_lost_a_process_resumes_to_the_same_weights(both, inside, tmp_path):
+    killed = torchrun(tmp_path, [teacher(tmp_path)], die=True)
+    assert killed.returncode != 0
+    assert "(SIGKILL)" in killed.stderr  # torchrun says so
+    assert "[rank0]" not in killed.stderr  # and not process 0, which only missed the other
+    assert load(tmp_path / "test_vit" / "last.pt")["epoch"] == 2
+    assert torchrun(tmp_path, [teacher(tmp_path, "--resume")]).returncode == 0
+    whole, resumed = (load(f / "test_vit" / "last.pt") for f in (both.two, tmp_path))
+    assert whole["weights_sha256"] == resumed["weights_sha256"]
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(inside, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    script, words = teacher(tmp_path)
+    assert call(script.main, *words) == 2
+    assert "multiple of 3; 15 is one" in capfd.readouterr().err
+    assert call(distill.main, "-b", 16, "--output", tmp_path / "s", *CPU) == 2
+    assert not (tmp_path / "s").exists()
