@@ -22,9 +22,9 @@ from tqdm import tqdm
 from common import cli, distributed, folders, labels, models, splits
 from common.calibration import fit_temperature, fit_weights
 from common.checkpoints import peek
-from common.ensemble import SCHEMA, CachedLogits, begin, load_ensemble, view_file, write_view
+from common.ensemble import SCHEMA, CachedLogits, begin, intact_views, load_ensemble, write_view
 from common.errors import UserError, require_same
-from common.files import file_sha256, save_json, versions
+from common.files import save_json, versions
 from common.losses import product_of_experts
 from common.metrics import score
 from common.views import ViewRecipe, render
@@ -93,8 +93,8 @@ def build(args, watch):
     watch.lap("pictures")
 
     # What this ensemble is; a folder with views of another one is refused.
-    stored = cli.stored_recipe(ViewRecipe, records[0], paths[0])
-    recipe = cli.changed_recipe(stored, args.view_recipe)
+    theirs = cli.stored_recipe(ViewRecipe, records[0], paths[0])
+    recipe = cli.changed_recipe(theirs, args.view_recipe)
     folder = Path(args.output)
     spec = {
         "schema": SCHEMA,
@@ -110,21 +110,24 @@ def build(args, watch):
         spec["unlabelled"] = {"dir": pool_dir.as_posix(), "fingerprint": pool.fingerprint()}
 
     # Temperatures, weights and doubtful labels.
+    known = {}
     if distributed.rank() == 0:
-        begin(folder, spec, args.overwrite)
+        known = begin(folder, spec, args.overwrite)
         val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
+        require_finite(val_logits.numpy(), paths)
         combination = combine(val_logits, val.labels, args.teacher_weights, paths)
         watch.lap("validation")
         doubtful = doubt(teachers, train, val, val_logits, combination["temperatures"])
         for line in labels.describe(doubtful, data["classes"]):
             print(line)
         watch.lap("doubtful labels")
-    distributed.barrier()
 
     # The views that an earlier start has not stored.
     wanted = PICTURE_VIEWS if pool else LABELLED_VIEWS
     views = 1 + (args.views or max(4, wanted // len(pictures)))
-    missing = [view for view in range(views) if not view_file(folder, view).is_file()]
+    stored = intact_views(folder, views, known) if distributed.rank() == 0 else {}
+    absent = torch.tensor([view not in stored for view in range(views)])
+    missing = distributed.from_first(absent).nonzero().flatten().tolist()
     print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
     # Whole batches are shared out, so that several processes round as one does.
     batches = distributed.share(in_batches(np.arange(len(pictures)), args.batch_size))
@@ -141,13 +144,14 @@ def build(args, watch):
                 bar.update(len(indices))
             distributed.sum_to_first(logits)
             if distributed.rank() == 0:
-                write_view(folder, view, logits.astype(args.dtype, copy=False))
+                require_finite(logits, paths)
+                stored[view] = write_view(folder, view, logits.astype(args.dtype, copy=False))
             tqdm.write(f"view {view} of {views - 1} stored")
     watch.lap("teachers")
     if distributed.rank():
         return
 
-    digests = [file_sha256(view_file(folder, view)) for view in range(views)]
+    digests = [stored[view] for view in range(views)]
     rest = {"doubtful": doubtful, "versions": versions(), "sha256": digests}
     save_json({**spec, **combination, **rest}, folder / "ensemble.json")
     print(f"{folder}: {views} views of {len(pictures)} pictures by {len(teachers)} teachers")
@@ -192,6 +196,16 @@ def open_pictures(data, args):
     """(train, val, data record) as the teachers saw them, wherever the folder lies now."""
     moved = {"dir": args.data_dir} if args.data_dir else {}
     return splits.open_training(cli.decoded_cache(args), {**data, **moved})
+
+
+def require_finite(logits, paths):
+    """Refuse teachers with a logit that is no number. logits: float [teachers, N, classes]."""
+    finite = np.isfinite(logits).all(axis=(1, 2))
+    if not finite.all():
+        raise UserError(
+            f"{paths[int(finite.argmin())]}: some of its logits are not finite; "
+            "train it again, with a lower --lr"
+        )
 
 
 def describe_teachers(paths, records):

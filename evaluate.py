@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common import audit, cli, folders, labels, metrics, report, splits, tables
 from common.errors import UserError, require_same
-from common.files import file_sha256, save_json, versions
+from common.files import exclusive, file_sha256, save_json, versions, written_together
 from common.losses import product_of_experts
 from common.subjects import find_models, measure, open_subject
 from common.threshold import rates
@@ -40,7 +40,7 @@ def parse_arguments():
     p.add_argument("--baseline", metavar="MODEL", help="model that all others are compared with")
     p.add_argument("--data-dir",
                    help="its test* folders are the test sets (default: where the first model found "
-                   f"its pictures, or {folders.EMBEDDED})")
+                   "its pictures; an exported file does not say)")
     p.add_argument("--test-dirs", nargs="+", metavar="DIR",
                    help="test sets by name, instead of --data-dir's")
     p.add_argument("--skip-audit", action="store_true",
@@ -55,9 +55,19 @@ def parse_arguments():
 
 def main():
     watch, args = cli.Stopwatch(), parse_arguments()
+    with exclusive(args.output):
+        report_on_all(args, watch)
+    print(watch)
+
+
+def report_on_all(args, watch):
+    """Measure every model on every test set, look for doubts, and write the report."""
     names = [Path(name).as_posix() for name in args.model or find_models()]
     baseline = Path(args.baseline).as_posix() if args.baseline else None
-    names = [baseline, *names] if baseline and baseline not in names else names
+    if baseline:
+        same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
+        baseline = same[0] if same else baseline
+        names = names if same else [baseline, *names]
     device = cli.pick_device(args.device)
 
     # What is to be measured, on what.
@@ -106,13 +116,12 @@ def main():
         "versions": versions(),
         "test_sets": describe_sets(pictures),
     }
-    output = Path(args.output)
-    save_json(findings, output / "metrics.json")
-    tables.write_predictions(answers, pictures, first["classes"], output / "predictions.csv")
-    report.write(findings, answers, pictures, audited, output / "report.html")
+    with written_together(args.output) as folder:
+        save_json(findings, folder / "metrics.json")
+        tables.write_predictions(answers, pictures, first["classes"], folder / "predictions.csv")
+        report.write(findings, answers, pictures, audited, folder / "report.html")
     watch.lap("report")
-    print(f"{output / 'report.html'}, metrics.json, predictions.csv")
-    print(watch)
+    print(f"{Path(args.output) / 'report.html'}, metrics.json, predictions.csv")
 
 
 def evaluate(subjects, tests, device, batch_size):
@@ -136,7 +145,12 @@ def open_tests(subjects, known, args):
     """{(view size, white level): {set: Pictures}}: the test sets as each model wants them."""
     named = args.test_dirs
     if not named:
-        data_dir = args.data_dir or (known[0]["dir"] if known else folders.EMBEDDED)
+        data_dir = args.data_dir or (known[0]["dir"] if known else None)
+        if data_dir is None:
+            raise UserError(
+                "an exported file does not say where its pictures are; "
+                "give --data-dir or --test-dirs, or add the best.pt it was made from"
+            )
         named = folders.test_folders(folders.data_folder(data_dir))
         if not named:
             raise UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")

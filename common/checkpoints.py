@@ -4,48 +4,28 @@ Only plain data is stored and `weights_only=True` reads it, so a checkpoint cann
 """
 
 import hashlib
-from pathlib import Path
 
 import torch
 
 from common.errors import UserError, first_line
-from common.files import atomic_path, versions
+from common.files import check_seal, sealed, versions
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def save(state, path):
-    """Write plain data and a `state_dict`; adds schema, versions and a hash of the weights."""
-    stored = {
-        "schema": SCHEMA,
-        "versions": versions(),
-        "weights_sha256": weights_sha256(state["state_dict"]),
-        **state,
-    }
-    with atomic_path(path) as temporary:
-        torch.save(stored, temporary)
+    """Write plain data and tensors; adds schema and versions."""
+    with sealed(path) as file:
+        torch.save({"schema": SCHEMA, "versions": versions(), **state}, file)
 
 
-def load(path):
+def load(path, mmap=False):
     """Read what `save` wrote, tensors on the CPU.
 
-    Raises UserError when it is not such a file or when its weights are not the ones written.
+    mmap: read tensors when they are used. Raises UserError when it is not such a file or when any
+    byte of it is not the one written.
     """
-    state = _read(path)
-    if state.get("weights_sha256") != weights_sha256(state["state_dict"]):
-        raise UserError(f"{path}: the weights are damaged (their sha256 differs); make it again")
-    return state
-
-
-def peek(path):
-    """What a checkpoint says beside its weights, without reading these; errors as for `load`."""
-    state = _read(path, mmap=True)
-    return {key: value for key, value in state.items() if key != "state_dict"}
-
-
-def _read(path, mmap=False):
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    check_seal(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for foreign and truncated files
@@ -59,8 +39,17 @@ def _read(path, mmap=False):
     return state
 
 
+def peek(path):
+    """What a checkpoint says beside its weights; checked and refused as by `load`.
+
+    The file is read once for its sha256, about a second per GB, and its weights are not loaded.
+    """
+    state = load(path, mmap=True)
+    return {key: value for key, value in state.items() if key != "state_dict"}
+
+
 def weights_sha256(state_dict):
-    """sha256 over names, shapes and bytes of a state dict: a flipped bit loads without a word."""
+    """sha256 over names, shapes and bytes of a state dict: what later stages know a model by."""
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

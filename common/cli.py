@@ -4,6 +4,7 @@ The only file of common/ that looks at an argparse namespace; the others take pl
 """
 
 import argparse
+import errno
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 
 from common import distributed
 from common.errors import UserError, first_line
+from common.files import NO_ROOM
 from common.images import WHITE_LEVEL, DecodedCache
 
 # Flags that a resumed run may change: they do not decide what a training computes, or what they
@@ -21,23 +23,48 @@ FREE_ON_RESUME = {
     "unlabelled", "model", "weights", "good_class", "max_miss_rate", "max_false_alarm_rate",
     "max_int8_drop",
 }
+NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 CACHE = "runs/decoded"  # folder of the decoded pictures
 
 
 def run(main):
     """Call `main()` and end the process with the status it deserves.
 
-    0 done, 2 `UserError` (one line on standard error), 130 interrupted; anything else is a
-    failure of ours and keeps its traceback and status 1.
+    0 done, 2 `UserError`, a full or forbidden disk or too little memory (one line on standard
+    error), 130 interrupted; anything else is a failure of ours and keeps its traceback and
+    status 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # not all file names are UTF-8
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what was saved stays valid", file=sys.stderr)
+        print(
+            "interrupted: what was saved stays valid; a training goes on with --resume, "
+            "any other script when it is started again",
+            file=sys.stderr,
+        )
         sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error):
+    """What an exception means to the user, in one line; None for a failure of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in NO_ROOM | NO_RIGHT:
+        hint = "make room there" if error.errno in NO_ROOM else "see who may read and write there"
+        return f"{error.filename}: {error.strerror}; {hint}, or use another folder"
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if no_memory or "DefaultCPUAllocator" in str(error):  # a plain RuntimeError of torch
+        return f"out of memory ({first_line(error)}); try a smaller --batch-size"
+    return None
 
 
 # ------------------------------------------------------------------------------- values of flags

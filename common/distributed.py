@@ -139,6 +139,13 @@ def mean(tensor):
     return tensor
 
 
+def from_first(tensor):
+    """The tensor of process 0, on all."""
+    if size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def label_weight(labels):
     """What to multiply the mean loss of this share's labelled pictures by.
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from common.errors import UserError, require_same
-from common.files import atomic_path, file_sha256, load_json, save_json
+from common.files import check_seal, file_sha256, load_json, save_json, sealed
 from common.losses import product_of_experts
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 def view_file(folder, view):
@@ -23,9 +23,32 @@ def view_file(folder, view):
 
 
 def write_view(folder, view, logits):
-    """Write one view's logits, float [teachers, pictures, classes], whole or not at all."""
-    with atomic_path(view_file(folder, view)) as temporary, open(temporary, "wb") as file:
+    """Write one view's logits, float [teachers, pictures, classes]; returns the file's sha256."""
+    with sealed(view_file(folder, view)) as file:
         np.save(file, logits)
+    return file.digest.hexdigest()
+
+
+def intact_views(folder, views, known):
+    """{view: sha256 of its file} of those stored already; says which are damaged and leaves them.
+
+    views: how many there are to be; known: {view: sha256} of the finished build, {} without one.
+    """
+    found = {}
+    for view in range(views):
+        file = view_file(folder, view)
+        if not file.is_file():
+            continue
+        try:
+            digest = check_seal(file)
+        except UserError as error:
+            print(f"{error}: computed again")
+            continue
+        if known.get(view, digest) == digest:
+            found[view] = digest
+        else:
+            print(f"{file}: not the one of this ensemble; computed again")
+    return found
 
 
 def load_ensemble(folder):
@@ -36,7 +59,7 @@ def load_ensemble(folder):
             f"{folder}: no ensemble here (no ensemble.json); make it with build_ensemble.py"
         )
     record = load_json(path)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if record.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: not an ensemble of this project (schema {SCHEMA}); "
             "make it with build_ensemble.py"
@@ -50,14 +73,25 @@ def load_ensemble(folder):
 
 
 def begin(folder, spec, overwrite):
-    """Start or continue a build: refuse a folder of another one, and keep the views of this one."""
-    path = folder / "ensemble.json"
+    """Start or continue a build: refuse a folder of another one, and keep the views of this one.
+
+    Returns {view: sha256} where an earlier build has finished, else {}.
+    """
+    path, known = folder / "ensemble.json", {}
     if path.is_file():
-        old, new = identity(load_json(path)), identity(spec)
-        if old != new and not overwrite:
+        try:
+            record = load_json(path)
+        except UserError as error:
+            if not overwrite:
+                raise UserError(f"{error} with --overwrite") from None
+            record = {}
+        old, new = identity(record), identity(spec)
+        if old == new:
+            known = dict(enumerate(record.get("sha256", [])))
+        elif not overwrite:
             remedy = "use --overwrite or another --output"
             require_same(new, old, f"{folder} holds another ensemble", remedy)
-        if old != new:
+        else:
             for file in folder.glob("view_*.npy"):
                 file.unlink()
     elif any(folder.glob("view_*.npy")):
@@ -65,6 +99,7 @@ def begin(folder, spec, overwrite):
             f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
         )
     save_json(spec, path)
+    return known
 
 
 def identity(spec):
@@ -94,7 +129,7 @@ class CachedLogits:
             file = view_file(folder, view)
             if not file.is_file() or file_sha256(file) != digest:
                 raise UserError(
-                    f"{file}: missing or damaged; delete it and run build_ensemble.py again"
+                    f"{file}: missing or damaged; run build_ensemble.py again, it computes it anew"
                 )
             self.logits.append(np.load(file, mmap_mode="r"))
 

@@ -6,7 +6,6 @@ TorchScript and FX quantisation are deprecated upstream (both warn), so all of i
 import copy
 import json
 import warnings
-import zipfile
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,11 +18,11 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from common.calibration import fit_temperature
 from common.errors import UserError, first_line
-from common.files import atomic_path, versions
+from common.files import check_seal, sealed, versions
 from common.metrics import score
 from common.threshold import choose_threshold, describe
 
-SCHEMA = 2
+SCHEMA = 3
 TOLERANCE = 1e-4  # of a probability, between the eager model and the file
 BATCH = 64
 
@@ -256,9 +255,10 @@ def save_torchscript(deployed, metadata, path):
         scripted = torch.jit.script(traced)
         frozen = torch.jit.freeze(scripted, preserved_attrs=["explain"])
         extra = {"metadata.json": json.dumps(metadata, indent=1)}
-        with atomic_path(path) as temporary:
-            torch.jit.save(frozen, str(temporary), _extra_files=extra)
-            check_parity(deployed, torch.jit.load(str(temporary)))
+        with sealed(path) as file:
+            torch.jit.save(frozen, file, _extra_files=extra)
+            file.flush()
+            check_parity(deployed, torch.jit.load(file.name))
 
 
 def check_parity(eager, exported):
@@ -283,18 +283,16 @@ def load_exported(path):
     """(TorchScript module, metadata) of an exported file. Raises UserError for a foreign one."""
     extra = {"metadata.json": ""}
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not compare the checksums
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
+        check_seal(path)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit")
             module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
         metadata = json.loads(extra["metadata.json"])
         if metadata.get("schema") != SCHEMA:
             raise ValueError(f"schema {metadata.get('schema')} instead of {SCHEMA}")
-    except (RuntimeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (UserError, RuntimeError, ValueError, AttributeError) as error:
+        reason = first_line(error, 300).removeprefix(f"{path}: ").removesuffix("; make it again")
         raise UserError(
-            f"{path}: not a student.ts of this project ({first_line(error)}); "
-            "export it with distill.py"
+            f"{path}: not a student.ts of this project ({reason}); export it with distill.py"
         ) from None
     return module, metadata

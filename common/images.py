@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.files import atomic_path, file_sha256, load_json, save_json
+from common.files import check_seal, clear_stale, file_sha256, load_json, save_json, sealed
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 MAX_PIXELS = 80_000_000
@@ -84,6 +84,11 @@ def list_pictures(folder):
     if not found:
         raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
     return ["/".join(parts) for parts in sorted(found)]
+
+
+def holds_pictures(folder):
+    """Whether there is a picture anywhere below a folder, by its name."""
+    return any(path.suffix.lower() in EXTENSIONS for path in Path(folder).rglob("*"))
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ def read_index(home, wanted):
         index = load_json(home / "index.json")
         if any(index.get(name) != value for name, value in wanted.items()):
             return None
-        return index if file_sha256(home / "images.bin") == index["sha256"] else None
-    except (UserError, OSError, AttributeError, KeyError):
+        return index if check_seal(home / "images.bin") == index["sha256"] else None
+    except UserError:
         return None
 
 
@@ -187,18 +192,20 @@ def decode_folder(folder, home, wanted, pool):
     def decode(row):
         return decode_file(folder / row[0], row[1], wanted["side"], wanted["white_level"])
 
-    bad, facts, brightest, digest = {}, [], None, hashlib.sha256()
+    for each in (home, home.parent):
+        clear_stale(each)
+
+    bad, facts, brightest = {}, [], None
     files = wanted["files"]
-    with atomic_path(home / "images.bin") as temporary, open(temporary, "wb") as array:
+    with sealed(home / "images.bin") as array:
+        array.reserve(len(files) * wanted["side"] ** 2 * 3)
         rows = pool.map(decode, files)
         bar = tqdm(rows, f"decoding {folder}", len(files), disable=None, leave=False)
         for (path, _), (pixels, told) in zip(files, bar):
             if pixels is None:
                 bad[path] = told
                 continue
-            data = pixels.numpy().tobytes()
-            array.write(data)
-            digest.update(data)
+            array.write(pixels.numpy().tobytes())
             facts.append([told["width"], told["height"], told["bytes"]])
             if told["deep"]:
                 brightest = max(brightest or 0, int(pixels.max()))
@@ -208,7 +215,7 @@ def decode_folder(folder, home, wanted, pool):
         "bad": bad,
         "facts": facts,
         "brightest_deep": brightest,
-        "sha256": digest.hexdigest(),
+        "sha256": array.digest.hexdigest(),
     }
     save_json(index, home / "index.json")
     seconds = time.perf_counter() - start

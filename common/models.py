@@ -84,7 +84,8 @@ def build_backbone(name, classes, img_size, source):
         backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
     except TypeError:  # most CNNs take any size and have no such argument
         backbone = timm.create_model(name, num_classes=classes, **source)
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))[0]
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
     if img_size % patch:
         return build_backbone(name, classes, -(-img_size // patch) * patch, source)
     if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):

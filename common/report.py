@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from common.errors import first_line
 from common.export import load_exported
 from common.files import atomic_path
 from common.threshold import wilson
@@ -216,10 +217,10 @@ def training_charts(models):
     for name in of_kind(models, "teacher", "student"):
         log = Path(name).with_name("log.csv")
         if log.is_file():
-            for row in csv.DictReader(log.read_text(encoding="utf-8").splitlines()):
-                steps, reached = int(row["steps"]), float(row["val_balanced_accuracy"])
-                accuracy.setdefault(name, []).append((steps, reached))
-                loss.setdefault(name, []).append((steps, float(row["loss"])))
+            try:
+                accuracy[name], loss[name] = read_log(log)
+            except (ValueError, TypeError, KeyError, csv.Error) as error:
+                print(f"{log}: left out of the report, damaged ({first_line(error)})")
     if not loss:
         return []
     last, highest = np.max(np.concatenate(list(loss.values())), axis=0)
@@ -227,6 +228,20 @@ def training_charts(models):
         chart("Validation", ("steps", "balanced accuracy"), accuracy, (last, 1)),
         chart("Training loss, each of its own kind", ("steps", "loss"), loss, (last, highest)),
     ]
+
+
+def read_log(path):
+    """(accuracies, losses) of a training curve: [(steps, value)] each. Raises for a damaged one."""
+    accuracy, loss = [], []
+    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+        values = [float(row[key]) for key in ("steps", "val_balanced_accuracy", "loss")]
+        if not np.isfinite(values).all():
+            raise ValueError("not a finite number")
+        accuracy.append((values[0], values[1]))
+        loss.append((values[0], values[2]))
+    if not loss:
+        raise ValueError("no row")
+    return accuracy, loss
 
 
 def copies(audit, known):

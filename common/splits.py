@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError, require_same
 from common.folders import data_folder
-from common.images import list_pictures
+from common.images import holds_pictures, list_pictures
 from common.pictures import Pictures
 
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
@@ -54,6 +54,10 @@ def open_labelled(cache, folder, record):
     classes = class_folders(folder)
     decoded = cache.open(folder, record["view_size"], record["white_level"])
     decoded.require_readable(cache.skip_bad)
+
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") and path.is_dir() and holds_pictures(path):
+            print(f"{folder}: left out the folder {path.name}, since its name begins with a dot")
 
     number = {name: k for k, name in enumerate(classes)}
     owners = [path.split("/")[0] for path in decoded.paths]
@@ -198,14 +202,17 @@ def hold_out(labels, groups, share, seed=0):
 def open_tests(cache, folders, record):
     """{name: Pictures} of test folders, named as the folder, or by its path where names collide.
 
-    record: a data record with classes. Raises UserError as `open_labelled` does, and for a folder
-    with other classes.
+    record: a data record with classes. Raises UserError as `open_labelled` does, for a folder with
+    other classes, and for pictures given twice, which would count twice in the mean.
     """
     names = [Path(folder).name for folder in folders]
     taken = {name for name in names if names.count(name) > 1} | set(TRAINING_SETS)
-    sets = {}
+    sets, known = {}, {}
     for folder, name in zip(folders, names):
         classes, pictures = open_labelled(cache, folder, record)
+        other = known.setdefault(pictures.fingerprint(), folder)
+        if other is not folder:
+            raise UserError(f"{folder}: the pictures of {other}; give each test set once")
         require_same(
             {"classes": record["classes"]},
             {"classes": classes},

@@ -17,14 +17,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from common import distributed
-from common.checkpoints import load, save
+from common.checkpoints import load, save, weights_sha256
 from common.errors import UserError, require_same
 from common.files import atomic_path
 from common.metrics import score
@@ -32,6 +31,7 @@ from common.models import precision, predict
 from common.views import batch_plan
 
 WARMUP = 0.1  # share of all steps with rising learning rate
+CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 WRITTEN = ("last.pt", "best.pt", "log.csv", "student.ts", "student.int8.ts")
 
@@ -158,6 +158,7 @@ class Run:
             for epoch in range(first + 1, s.epochs + 1):
                 self.epoch = epoch
                 self.losses = torch.zeros((), device=self.device)
+                self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)
                 torch.manual_seed(s.seed * 1_000_003 + epoch + (distributed.rank() << 40))
                 self.model.train()
                 yield epoch
@@ -184,27 +185,42 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model, step=self.steps_done)
         self.losses += loss.detach()
+        self.bad_steps += ~self.losses.isfinite()  # once it is not, the sum never is again
         self.steps_done += 1
+        if self.steps_done % CHECK == 0:
+            self.require_finite()
         if not self.bar.disable and self.steps_done % 10 == 0:  # looking at a loss waits for a GPU
             self.bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
         self.bar.update()
 
+    def require_finite(self):
+        """Raise a UserError that names the first step of this epoch whose loss is not finite."""
+        bad = int(self.bad_steps)
+        if bad:
+            step, lr = self.steps_done - bad + 1, self.optimizer.param_groups[-1]["lr"]
+            raise UserError(
+                f"{self.folder}: the loss of step {step} is not finite (learning rate {lr:.1e}); "
+                "try a lower --lr, or --clip-grad 1"
+            )
+
     def finish_epoch(self, val):
         """Ten times a run: score the averaged weights on val, log a line, write the checkpoints.
 
-        val: the `Pictures` that choose the epoch. Raises FloatingPointError when the epoch's loss
-        is not finite.
+        val: the `Pictures` that choose the epoch. Raises UserError when a loss of the epoch or what
+        the model says of val is not finite.
         """
+        self.require_finite()
         loss = float(distributed.mean(self.losses)) / self.schedule.steps_per_epoch
-        if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.folder}: the loss of epoch {self.epoch} is {loss}; try a lower --lr"
-            )
         epochs = self.schedule.epochs
         if self.epoch * SAVES // epochs == (self.epoch - 1) * SAVES // epochs:
             return
         if distributed.rank() == 0:
             logits = predict(self.ema.module, val, self.device)
+            if not logits.isfinite().all():
+                raise UserError(
+                    f"{self.folder}: after step {self.steps_done} the model's logits are not "
+                    "finite; try a lower --lr"
+                )
             metrics = score(torch.softmax(logits, dim=1), val.labels)
             self.log(loss, metrics)
             self.write(metrics, balanced_number(val.labels))
@@ -241,6 +257,7 @@ class Run:
             "epoch": self.epoch,
             "metrics": metrics,
             "history": self.history,
+            "weights_sha256": weights_sha256(averaged),
             "state_dict": averaged,
         }
         if good_enough([row["val_balanced_accuracy"] for row in self.history], n):

@@ -1,6 +1,5 @@
 """Bad input ends with status 2 and one line: what, where, how to mend it, before any work."""
 
-import json
 import shutil
 
 import pytest
@@ -12,7 +11,8 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common.files import exclusive
+from common.checkpoints import load, save
+from common.files import exclusive, load_json, save_json
 
 TRAIN = ("--view-size", SIDE, "--model", "test_resnet", "--epochs", 1, *CPU)
 PARTS = ("--data-dir", "parts", *TRAIN)
@@ -67,6 +67,7 @@ def test_a_folder_that_another_run_is_writing_to(refused, tmp_path):
         "test_resnet": (train_teacher, *PARTS, "--output", tmp_path),
         "e": (build_ensemble, "--output", tmp_path / "e", *CPU),
         "s": (distill, "--output", tmp_path / "s", *CPU),
+        "r": (evaluate, "--output", tmp_path / "r", *CPU),
     }
     for name, words in calls.items():
         folder = tmp_path / name
@@ -133,12 +134,12 @@ def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused
     words, folder = (*PARTS, "--output", tmp_path), tmp_path / "test_resnet"
     assert call(train_teacher.main, *words) == 0
     assert "epochs differs" in refused(train_teacher, *words, "--resume", "--epochs", 3)
-    state = torch.load(folder / "last.pt", weights_only=True)
+    state = load(folder / "last.pt")
     state["data"]["dropped"] = ["train/level/l000.png"]
-    torch.save(state, folder / "last.pt")
+    save(state, folder / "last.pt")
     assert "dropped differs" in refused(train_teacher, *words, "--resume")
     state["data"]["dropped"], state["args"]["weights"] = [], ["somewhere.pt"]
-    torch.save(state, folder / "last.pt")
+    save(state, folder / "last.pt")
     assert "pretrained differs" in refused(train_teacher, *words, "--resume")
 
 
@@ -171,9 +172,9 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
     assert "no ensemble here" in distil(tmp_path / "nowhere")
 
     folder = copied()
-    record = json.loads((folder / "ensemble.json").read_text())
+    record = load_json(folder / "ensemble.json")
     record["view_recipe"]["version"] += 1
-    (folder / "ensemble.json").write_text(json.dumps(record))
+    save_json(record, folder / "ensemble.json")
     assert "view recipe version differs" in distil(folder)
 
     view = copied() / "view_001.npy"
@@ -187,9 +188,9 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(refused, tm
     shutil.copytree("runs/ensemble", folder)
     words = (folder, "--epochs", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0
-    record = json.loads((folder / "ensemble.json").read_text())
+    record = load_json(folder / "ensemble.json")
     record["weights"] = record["weights"][::-1]
-    (folder / "ensemble.json").write_text(json.dumps(record))
+    save_json(record, folder / "ensemble.json")
     assert "the ensemble was built anew" in refused(distill, *words, "--resume")
 
 
