@@ -158,6 +158,11 @@ def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge(
     assert not torch.allclose(model(pixels), model(edge_changed))
 
 
+@pytest.mark.parametrize("name", ["efficientvit_m0", "xcit_nano_12_p8_224"])
+def test_a_model_whose_patch_size_is_one_number_becomes_a_teacher(name):
+    assert models.create_teacher(name, 3, 224).img_size == 224
+
+
 def test_a_resnet_teacher_from_scratch_starts_awake_and_a_loaded_one_as_it_was(tmp_path):
     def asleep(model):
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -366,11 +371,11 @@ def test_a_data_folder_may_move_with_its_pool(inside, tmp_path, capfd):
 def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside, tmp_path):
     make_set(tmp_path / "others", {"test": 3}, seed=1)
     other = str(tmp_path / "others" / "test")
-    tests = ("--test-dirs", "parts/test", other)
+    tests = ("--test-dirs", "parts/test", other, "--baseline", inside.runs / "ensemble")
     words = ("runs/student/student.ts", "runs/ensemble", *tests, "--output", tmp_path, *CPU)
     assert call(evaluate.main, *words, "--skip-audit") == 0
     report = read_report(tmp_path)
-    assert set(report["models"]) == {"runs/student/student.ts", "runs/ensemble"}
+    assert list(report["models"]) == ["runs/student/student.ts", "runs/ensemble"]
     sets = report["models"]["runs/ensemble"]["sets"]
     assert set(sets) == {"parts/test", other} and report["audit"] is None
 

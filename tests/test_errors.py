@@ -1,16 +1,22 @@
 """Bad input ends with status 2 and one line: what, where, how to mend it, before any work."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import CPU, SIDE, call, make_set
+from conftest import CPU, ROOT, SIDE, call, make_set
 
 import build_ensemble
 import distill
 import evaluate
 import infer
 import train_teacher
+from common import cli
 from common.checkpoints import load, save
 from common.files import exclusive, load_json, save_json
 
@@ -81,6 +87,8 @@ def test_model_names_and_weights(refused, tmp_path):
         return refused(train_teacher, *PARTS, "--output", tmp_path / "out", *words)
 
     file, two = tmp_path / "w.pt", ("--model", "test_vit", "test_resnet")
+    file.write_bytes(b"")
+    assert "does not load" in train("--weights", file)
     file.write_bytes(b"junk")
     assert "near: resnet18" in train("--model", "resnet_18")
     assert "no such file" in train("--weights", "none.pt")
@@ -90,7 +98,9 @@ def test_model_names_and_weights(refused, tmp_path):
     assert "each name once" in train("--model", "test_vit", "test_vit")
 
     student = ("--weights", file, "--output", tmp_path / "out", *CPU)
-    assert "not a readable state dict" in refused(distill, *student)
+    for content in (b"", b"junk"):
+        file.write_bytes(content)
+        assert "not a readable state dict" in refused(distill, *student)
     torch.save({"conv1.weight": torch.zeros(3)}, file)
     assert "ResNet18" in refused(distill, *student)
     assert not (tmp_path / "out").exists()
@@ -194,12 +204,59 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(refused, tm
     assert "the ensemble was built anew" in refused(distill, *words, "--resume")
 
 
-def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path):
-    content = bytearray(open("runs/student/best.pt", "rb").read())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "best.pt").write_bytes(content)
-    error = refused(evaluate, tmp_path / "best.pt", "--output", tmp_path / "r", *CPU)
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # averaged and raw weights, the optimizer's
+def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path, place):
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[int(place * len(content))] ^= 1
+        path.write_bytes(content)
+
+    shutil.copytree("runs/test_resnet", tmp_path / "test_resnet")
+    best, last = tmp_path / "test_resnet" / "best.pt", tmp_path / "test_resnet" / "last.pt"
+    words = (*PARTS, "--epochs", 40, "-b", 16, "--output", tmp_path)
+    assert call(train_teacher.main, *words, "--resume") == 0
+    flip(last)
+    assert "last.pt: damaged" in refused(train_teacher, *words, "--resume")
+    flip(best)
+    error = refused(evaluate, best, "--output", tmp_path / "r", *CPU)
     assert "damaged" in error and not (tmp_path / "r").exists()
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_refused(refused, tmp_path):
+    state = load("runs/test_resnet/best.pt")
+    state["state_dict"]["backbone.fc.bias"][1] = float("nan")
+    save(state, tmp_path / "best.pt")
+    words = ("runs/test_vit/best.pt", tmp_path / "best.pt", "--output", tmp_path / "e", *CPU)
+    assert f"{tmp_path / 'best.pt'}: some of its logits are not finite" in refused(
+        build_ensemble, *words
+    )
+
+
+@pytest.mark.parametrize("allocate", [
+    lambda: torch.empty(2**50, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8),
+])
+def test_too_little_memory_is_one_line_that_names_the_batch_size(capfd, allocate):
+    with pytest.raises(SystemExit) as end:
+        cli.run(allocate)
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: out of memory") and "--batch-size" in error
+
+
+def test_an_interrupted_script_says_how_to_go_on(capfd):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(interrupted)
+    assert end.value.code == 130 and "--resume" in capfd.readouterr().err
+
+
+def test_names_that_are_not_utf8_do_not_stop_a_script():
+    code = "import os; from common import cli; cli.run(lambda: print(os.fsdecode(b'a\\xff.png')))"
+    words = {"cwd": ROOT, "capture_output": True, "env": {**os.environ, "LC_ALL": "C.UTF-8"}}
+    ended = subprocess.run([sys.executable, "-c", code], **words)
+    assert ended.returncode == 0 and ended.stdout == b"a\\udcff.png\n"
 
 
 def test_models_and_test_sets_that_evaluate_cannot_use(refused, tmp_path):
@@ -207,11 +264,20 @@ def test_models_and_test_sets_that_evaluate_cannot_use(refused, tmp_path):
         return refused(evaluate, *words, "--output", tmp_path / "r", *CPU)
 
     assert "no such file" in judge("runs/none.pt")
+    foreign = torch.jit.script(torch.nn.Linear(2, 2))
+    torch.jit.save(foreign, tmp_path / "foreign.ts")
     (tmp_path / "x.ts").write_bytes(b"junk")
+    (tmp_path / "x.pt").write_bytes(b"")
+    assert "not a student.ts" in judge(tmp_path / "foreign.ts")
     assert "not a student.ts" in judge(tmp_path / "x.ts")
+    assert "cut off" in judge(tmp_path / "x.pt")
     fewer = make_set(tmp_path / "fewer", {"test": 3})
     shutil.rmtree(fewer / "test" / "cross")
     student = "runs/student/best.pt"
+    twice = judge(student, "--test-dirs", "parts/test", "parts/test_other/../test")
+    assert "give each test set once" in twice
+    assert "--data-dir" in judge("runs/student/student.ts")
+    assert not Path("data").exists()  # the embedded set is not drawn for it
     assert "classes differs" in judge(student, "--test-dirs", fewer / "test")
     (tmp_path / "bare").mkdir()
     assert "no test* folder" in judge(student, "--data-dir", tmp_path / "bare")

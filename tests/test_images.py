@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -165,7 +166,26 @@ def test_view_size_follows_small_pictures_and_stops_at_128(tmp_path):
     assert folders.default_view_size(tmp_path / "large") == 128
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000])
+def test_a_foreign_index_makes_the_cache_again(tmp_path, cache, content):
+    root = make_set(tmp_path / "s", {"train": 3}) / "train"
+    expected = np.array(cache.open(root, 16).images)
+    next((tmp_path / "decoded").glob("*/index.json")).write_bytes(content)
+    assert (cache.open(root, 16).images == expected).all()
+
+
 # ------------------------------------------------------------------------------------------ splits
+
+
+def test_a_class_folder_whose_name_begins_with_a_dot_is_not_left_out_in_silence(
+        tmp_path, cache, capfd):
+    root = make_set(tmp_path / "s", {"train": 3}) / "train"
+    (root / ".git").mkdir()  # holds no picture
+    shutil.copytree(root / "level", root / ".bent")
+    classes, _ = splits.open_labelled(cache, root, RECORD)
+    assert classes == ["cross", "level", "upright"]
+    said = capfd.readouterr().out
+    assert "left out the folder .bent" in said and ".git" not in said
 
 
 def test_hold_out_is_stratified_and_repeatable():
