@@ -6,15 +6,23 @@
     python infer.py --info                               # what the file says about itself
 
 Needs torch, numpy and Pillow. Prints a line per picture: path, class, probability, and PASS, REJECT
-or REVIEW where the file holds a threshold on the defect score 1 - p(good class). Exit status 2 when
-nothing could be done (wrong usage, no model), 1 when some pictures could not be read.
+or REVIEW where the file holds a threshold on the defect score 1 - p(good class). What cannot be
+printed is escaped as in a Python string (\\n, \\x1b, \\udcff; a backslash as \\\\); in --csv a path
+that a spreadsheet would take for a formula (=1+1.png) gets ./ in front. Exit status 2 when nothing
+could be done (wrong usage, no model, a full disk), 1 when some pictures could not be read.
+
+A .ts file is a program, and loading it runs it: load only files you trust. --sha256 HEX refuses
+every file but the one that distill.py printed HEX for.
 """
 
 import argparse
 import csv
 import glob
+import hashlib
+import io
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -30,28 +38,47 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
-MAX_PIXELS = 80_000_000
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
+MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+BAND = 128  # rows that are converted at a time
+SCHEMA = 2  # of the exported file, as in common/export.py
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; age at which an unreadable file is bad
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069"  # and direction marks
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
 warnings.filterwarnings("ignore", message=".*torch.jit")  # TorchScript is deprecated upstream
+warnings.filterwarnings("ignore", module="PIL")  # a picture is read, or reported in one line
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text):
+    """Text that is one line and drives no terminal: the rest and bytes of no UTF-8 are escaped."""
+    return re.sub(rf"[\\{CONTROLS}\ud800-\udfff]", lambda found: repr(found[0])[1:-1], str(text))
 
 
 def read_picture(file, white_level=65535):
     """Decode a picture to uint8 RGB [H, W, 3], upright; the same lines as common/images.py's."""
-    with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, over the limit {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # convert("RGB") would clip at 255
-            values = np.asarray(image, dtype=np.float32) / (white_level / 255)
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
+            raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
+        ImageOps.exif_transpose(image, in_place=True)
+        picture = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, BAND):  # converted whole, it would take twice the memory
+            rows = picture[top:top + BAND]
+            band = image.crop((0, top, image.width, top + len(rows)))
+            if band.mode.startswith(("I", "F")):  # convert("RGB") would clip at 255
+                values = np.asarray(band, dtype=np.float32) / (white_level / 255)
+                band = Image.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
+            rows[:] = np.asarray(band.convert("RGB"))
+        return picture
 
 
 def try_to_read(path, white_level):
@@ -63,23 +90,40 @@ def try_to_read(path, white_level):
 
 
 def list_pictures(names):
-    """Files as given, patterns expanded, folders searched through in sorted order."""
+    """Files as given, patterns expanded, folders searched through, links followed, all sorted."""
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-        elif path.is_file():
-            yield path
-        elif matches := sorted(glob.glob(name, recursive=True)):
-            yield from map(Path, matches)
-        else:
+        if os.path.isdir(name):
+            yield from pictures_below(Path(name))
+            continue
+        found = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+        yield from map(Path, sorted(filter(os.path.isfile, found)))  # no pipe, which never ends
+        if not found:
             fail(f"{name}: no such file or folder")
 
 
-def load_student(path):
-    """(module, metadata) of a student.ts, made ready: compiled, or on the fastest int8 engine."""
-    module, metadata = load(path)
-    frame = torch.zeros(metadata["view_size"], metadata["view_size"], 3, dtype=torch.uint8)
+def pictures_below(folder, above=()):
+    """The pictures below a folder; above: the folders on the way here."""
+    here = folder.resolve()
+    for path in sorted(folder.iterdir()) if here not in above else ():  # else a link in a circle
+        if path.is_dir():
+            yield from pictures_below(path, (*above, here))
+        elif path.suffix.lower() in EXTENSIONS and path.is_file():
+            yield path
+
+
+def load_student(path, sha256=None):
+    """(module, metadata) of a student.ts, made ready: compiled, or on the fastest int8 engine.
+
+    Ends the program with one line where the file's hash is not `sha256`, if that is given.
+    """
+    if not Path(path).is_file():
+        fail(f"{path}: no such file; distill.py writes it")
+    data = Path(path).read_bytes()  # once, so that what is loaded is what was checked
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 and found != sha256.lower():
+        fail(f"{path}: its sha256 is {found}, not {sha256}; copy the file again")
+    module, metadata = load(path, data)
+    frame = torch.zeros(*2 * [metadata["view_size"]], 3, dtype=torch.uint8)
     if metadata["precision"] == "float32":
         torch.jit.enable_onednn_fusion(torch.backends.mkldnn.is_available())  # a quarter faster
         for _ in range(3):  # the first call is looked at and the second compiled
@@ -90,60 +134,72 @@ def load_student(path):
     modules, seconds = {}, {}
     for name in engines:  # a file is packed for an engine while it is loaded
         torch.backends.quantized.engine = name
-        modules[name] = load(path)[0]
+        modules[name] = load(path, data)[0]
         seconds[name] = min(repeat(partial(modules[name], frame), number=1, repeat=6))
     torch.backends.quantized.engine = best = min(seconds, key=seconds.get)
     return modules[best], {**metadata, "engine": best}
 
 
-def load(path):
-    """(module, metadata) of a file; ends the program with one line when it is no student.ts."""
+def load(path, data):
+    """(module, metadata) from a file's bytes; ends the program with one line for a foreign file."""
     extra = {"metadata.json": ""}
-    if not Path(path).is_file():
-        fail(f"{path}: no such file; distill.py writes it")
     try:
-        if zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
-            raise ValueError
-        module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
-        return module, json.loads(extra["metadata.json"])
-    except (RuntimeError, ValueError, zipfile.BadZipFile):
-        fail(f"{path}: not a student.ts, or damaged; export it again with distill.py")
+        if zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch does not compare the checksums
+            raise ValueError("damaged")
+        module = torch.jit.load(io.BytesIO(data), map_location="cpu", _extra_files=extra)
+        metadata = json.loads(extra["metadata.json"])
+        known = metadata["schema"] == SCHEMA and metadata["precision"] in ("float32", "int8")
+        if not known or not metadata["white_level"] > 0:
+            raise ValueError("foreign")
+        side = metadata["view_size"]
+        Judge(module, metadata)(Path(), np.zeros((side, side, 3), np.uint8))  # wrong types fail
+        json.dumps(metadata, indent=1)  # what is nested too deep for --info fails
+        return module, metadata
+    except Exception:  # of many kinds
+        fail(f"{path}: not a student.ts of this version, or damaged; export it again (distill.py)")
 
 
 class Judge:
     """Student and operating point: picture -> verdict."""
 
-    def __init__(self, student, metadata, review_band=None):
-        self.student, self.classes = student, metadata["classes"]
+    def __init__(self, student, metadata, review_band=None, heatmaps=None):
+        """heatmaps: folder that the evidence is drawn into where a picture does not pass."""
+        self.student, self.classes = student, [printable(name) for name in metadata["classes"]]
         good, point = metadata["good_class"], metadata["operating_point"]
-        self.good = self.classes.index(good) if good else None
+        self.good = metadata["classes"].index(good) if good else None
+        self.heatmaps = heatmaps
         self.band = review_band or (point and (point["threshold"], point["threshold"]))
 
     def __call__(self, path, picture):
         """The verdict on one uint8 [H, W, 3] picture, or why there is none, as plain data."""
+        named = printable(path.as_posix())
         if isinstance(picture, Exception):
-            return {"path": str(path), "error": str(picture)}
+            return {"path": named, "error": printable(picture) or type(picture).__name__}
         p = self.student(torch.from_numpy(picture))[0].tolist()
         score = None if self.good is None else 1.0 - p[self.good]
-        return {
-            "path": str(path),
+        verdict = {
+            "path": named,
             "decision": self.decide(score) if self.band else None,
             "class": self.classes[p.index(max(p))],
             "probability": max(p),
             "defect_score": score,
-            "probabilities": dict(zip(self.classes, p)),
+            "probabilities": dict(zip(self.classes, p, strict=True)),
         }
+        if self.heatmaps and verdict["decision"] != "PASS":
+            self.draw(verdict, path, picture)
+        return verdict
 
     def decide(self, score):
         low, high = self.band
         return "REJECT" if score >= high else "REVIEW" if score >= low else "PASS"
 
-    def draw(self, verdict, picture, folder):
-        """Write the picture below `folder` with red over what speaks for the likeliest defect."""
+    def draw(self, verdict, path, picture):
+        """Write the picture with red over what speaks for the likeliest defect."""
         evidence = self.student.explain(torch.from_numpy(picture))[1].numpy()
-        image = ImageOps.contain(Image.fromarray(picture), (LARGEST, LARGEST))
+        size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
+        image = Image.fromarray(picture).resize(size)
         mask = Image.fromarray((evidence * OPACITY).astype(np.uint8))
-        image.paste(RED, mask=mask.resize(image.size, Image.Resampling.BICUBIC))
+        image.paste(RED, mask=mask.resize(size, Image.Resampling.BICUBIC))
 
         defects = [name for k, name in enumerate(self.classes) if k != self.good]
         red = max(defects, key=verdict["probabilities"].get)
@@ -153,19 +209,27 @@ class Judge:
         ImageDraw.Draw(sheet).text((3, 3), f"{text}; red: {red}".strip(), fill="black")
 
         # The path as it was named, below the folder, so that every picture has a file of its own.
-        path = Path(verdict["path"])
         parts = ["up" if part == ".." else part for part in path.parts if part != path.anchor]
-        file = Path(folder, *parts[:-1], f"{parts[-1]}.jpg")
+        name = os.fsencode(parts[-1])
+        if len(name) > 250:  # a file system takes 255 with the ending
+            parts[-1] = hashlib.sha256(name).hexdigest()
+        file = Path(self.heatmaps, *parts[:-1], f"{parts[-1]}.jpg")
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.parent.samefile(path.parent):
+            fail(f"--heatmap {self.heatmaps}: would write among the pictures; name another folder")
         sheet.save(file, quality=90)
 
 
 def show(verdict, as_json, as_csv):
     """Print a verdict in one line, at once."""
-    if as_json:
+    if "error" in verdict:
+        print(f"{verdict['path']}: cannot be read ({verdict['error']})", file=sys.stderr)
+    elif as_json:
         print(json.dumps({name: value for name, value in verdict.items() if value is not None}))
     elif as_csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerow([verdict[name] for name in FIELDS])
+        formula = verdict["path"].startswith(("=", "+", "-", "@"))
+        row = ("./" * formula + verdict["path"], *(verdict[name] for name in FIELDS[1:]))
+        csv.writer(sys.stdout, lineterminator="\n").writerow(row)
     else:
         words = (verdict["path"], verdict["class"], f"{verdict['probability']:.3f}")
         print(*words, *filter(None, [verdict["decision"]]), sep="\t")
@@ -187,14 +251,13 @@ def arrivals(folder, judged, white_level):
     """(path, key, picture or exception) as pictures are dropped into a folder, each key once."""
     while True:
         paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in EXTENSIONS]
-        keys = {key_of(path) for path in paths} - judged - {None}
-        for key in sorted(keys, key=lambda key: key[2]):
-            path = Path(folder, key[0])
-            picture = try_to_read(path, white_level)
+        keys = {key_of(path): path for path in paths}
+        for key in sorted(keys.keys() - judged - {None}, key=lambda key: (key[2], key[0])):
+            picture = try_to_read(keys[key], white_level)
             if isinstance(picture, Exception) and time.time() - key[2] / 1e9 < SETTLE:
                 continue  # half-written, most likely
-            if key_of(path) == key:  # else it was still being written
-                yield path, key, picture
+            if key_of(keys[key]) == key:  # else it was still being written
+                yield keys[key], key, picture
         time.sleep(POLL)
 
 
@@ -202,32 +265,67 @@ def key_of(path):
     """(name, size, time of change in ns) of a file, None where there is none."""
     with suppress(OSError):  # moved away meanwhile
         stat = path.stat()
-        return (path.name, stat.st_size, stat.st_mtime_ns) if path.is_file() else None
+        if path.is_file():
+            return printable(path.name), stat.st_size, stat.st_mtime_ns
 
 
 def watch(folder, white_level, judge, report):
-    """Judge what arrives in `folder`, each picture once, across restarts and kills.
+    """Judge what arrives in `folder`, each picture once, across restarts, kills and full disks.
 
-    folder/judged.jsonl gets a line per picture, in one write, before anything is reported.
+    folder/judged.jsonl gets a line per picture, after its heatmap and before its report; where one
+    of the three cannot be written, the picture counts as not judged.
     """
-    with open(Path(folder) / "judged.jsonl", "ab+") as file:
-        file.seek(0)
-        *lines, cut_off = file.read().split(b"\n")
-        file.truncate(file.tell() - len(cut_off))  # a write that a kill interrupted
-        judged = {tuple(json.loads(line)["key"]) for line in lines}
-        print(f"watching {folder}; {len(judged)} judged before; Ctrl-C ends", file=sys.stderr)
+    log = Path(folder, "judged.jsonl")
+    with open(log, "ab", buffering=0) as file, open(Path(folder, ".judged.lock"), "a") as single:
+        lock(single)
+        judged, end = read_judged(log)
+        file.truncate(end)
+        start = f"watching {printable(folder)}; {len(judged)} judged before; Ctrl-C ends"
+        print(start, file=sys.stderr)
         for path, key, picture in arrivals(folder, judged, white_level):
             verdict = judge(path, picture)
+            line = (json.dumps({"key": key, **verdict}) + "\n").encode()
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk may take a part before it is full
+                    line = line[file.write(line):]
+                os.fsync(file.fileno())
+                report(verdict)
+            except OSError:
+                file.truncate(end)
+                raise
             judged.add(key)
-            os.write(file.fileno(), (json.dumps({"key": key, **verdict}) + "\n").encode())
-            os.fsync(file.fileno())
-            report(picture, verdict)
+
+
+def lock(file):
+    """Take the system's lock on an open file, or end the program where another one holds it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"{Path(file.name).parent}: watched by another infer.py already; end that one first")
+
+
+def read_judged(log):
+    """(keys of the pictures judged before, bytes in whole lines) of a judged.jsonl."""
+    judged, whole = set(), 0
+    for line in io.BytesIO(log.read_bytes()):
+        if line.endswith(b"\n"):  # else a kill cut it off
+            whole += len(line)
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # else damaged
+                record = line[line.rfind(b'{"key":'):]  # after one that a full disk cut off
+                judged.add(tuple(json.loads(record)["key"]))
+    return judged, whole
 
 
 def benchmark(judge, times=500, height=480, width=640):
     """Print how long a frame takes on this device, from uint8 pixels to the decision."""
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    seconds = repeat(partial(judge, "frame", frame), number=1, repeat=times)
+    seconds = repeat(partial(judge, Path("frame"), frame), number=1, repeat=times)
     p50, p95, p99 = 1e3 * np.percentile(seconds[10:], (50, 95, 99))  # the first ones warm up
     threads = f"{torch.get_num_threads()} threads, {width} x {height} frame to decision"
     print(f"{threads}: p50 {p50:.2f} ms, p95 {p95:.2f} ms, p99 {p99:.2f} ms (n = {times - 10})")
@@ -239,6 +337,7 @@ def parse_arguments():
     p.add_argument("pictures", nargs="*", default=["data/fasteners/test"], metavar="PICTURE",
                    help="files, patterns or folders (default: the embedded test set)")
     p.add_argument("--model", default="runs/student/student.ts", help="default: %(default)s")
+    p.add_argument("--sha256", metavar="HEX", help="refuse a model with another sha256")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="an object per line, all probabilities")
     form.add_argument("--csv", action="store_true", help="comma-separated, with a header")
@@ -253,7 +352,7 @@ def parse_arguments():
     if args.review_band and not 0 <= args.review_band[0] <= args.review_band[1] <= 1:
         p.error("--review-band: wants 0 <= LOW <= HIGH <= 1")
     if args.watch and not Path(args.watch).is_dir():
-        p.error(f"--watch {args.watch}: no such folder")
+        fail(f"--watch {args.watch}: no such folder")
     return args
 
 
@@ -262,39 +361,38 @@ def main():
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    student, metadata = load_student(args.model)
+    student, metadata = load_student(args.model, args.sha256)
     if args.review_band and not metadata["operating_point"]:
         fail(f"{args.model}: holds no threshold for --review-band; export it with a --good-class")
     if args.info:
         return print(json.dumps(metadata, indent=1))
-    judge, unreadable = Judge(student, metadata, args.review_band), []
     if args.benchmark:
-        return benchmark(judge)
+        return benchmark(Judge(student, metadata, args.review_band))
 
-    def report(picture, verdict):
-        if "error" in verdict:
-            unreadable.append(verdict["path"])
-            return print(f"{verdict['path']}: cannot be read ({picture})", file=sys.stderr)
-        show(verdict, args.json, args.csv)
-        if args.heatmap and verdict["decision"] != "PASS":
-            judge.draw(verdict, picture, args.heatmap)
-
+    judge = Judge(student, metadata, args.review_band, args.heatmap)
+    report = partial(show, as_json=args.json, as_csv=args.csv)
     if args.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerow(FIELDS)
     if args.watch:
         watch(args.watch, metadata["white_level"], judge, report)
-    paths = list(list_pictures(args.pictures))
+    paths, unreadable = list(list_pictures(args.pictures)), False
     if not paths:
         fail(f"no pictures in {', '.join(args.pictures)}")
     for path, picture in pictures_of(paths, metadata["white_level"]):
-        report(picture, judge(path, picture))
-    sys.exit(1 if unreadable else 0)
+        report(judge(path, picture))
+        unreadable |= isinstance(picture, Exception)
+    sys.exit(int(unreadable))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it is no UTF-8
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, as in `| head`, has seen enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if not isinstance(error, BrokenPipeError):  # a reader, as in `| head`, that has seen enough
+            place = error.filename or "a file or the output cannot be written"
+            fail(f"{place}: {error.strerror or error}; mend that and start again")

@@ -18,7 +18,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from common.calibration import fit_temperature
 from common.errors import UserError, first_line
-from common.files import check_seal, sealed, versions
+from common.files import check_seal, file_sha256, sealed, versions
 from common.metrics import score
 from common.threshold import choose_threshold, describe
 
@@ -227,6 +227,7 @@ def write(student, trunk, validation, facts, limits, path):
         f"{metrics['balanced_accuracy']:.3f}, NLL {metrics['nll']:.3f}, "
         f"temperature {temperature:.2f}, {path.stat().st_size / 1e6:.1f} MB"
     )
+    print(f"{path}: sha256 {file_sha256(path)}")
     if point:
         print(describe(point, facts["good_class"]))
 

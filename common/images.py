@@ -12,8 +12,10 @@ import io
 import json
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,12 @@ from common.errors import UserError, first_line
 from common.files import check_seal, clear_stale, file_sha256, load_json, save_json, sealed
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
-MAX_PIXELS = 80_000_000
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
+MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+BAND = 128  # rows that are converted at a time
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
 VERSION = 4  # raise it when decoding or resizing changes
+warnings.filterwarnings("ignore", module="PIL")  # a picture is read, or listed as unreadable
 
 
 def read_picture(file, white_level=WHITE_LEVEL):
@@ -37,17 +42,27 @@ def read_picture(file, white_level=WHITE_LEVEL):
     file: path or binary file. EXIF orientation is applied; grey, palette, RGBA and CMYK pictures
     are converted. Grey pictures of more than 8 bits are scaled so that `white_level` becomes 255,
     the same for every picture of a set. Raises an exception of Pillow's, or ValueError for more
-    than MAX_PIXELS pixels. infer.py holds the same lines, because it travels alone; a test keeps
-    the two equal.
+    than MAX_PIXELS pixels or MAX_SIDE a side or MAX_SCANS scans, before anything is decoded. Takes
+    7 bytes a pixel, progressive JPEG and WebP up to 16. infer.py holds the same lines, because it
+    travels alone; a test keeps the two equal.
     """
-    with Image.open(file) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, over the limit {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(image)
-        if is_deep(image):  # convert("RGB") would clip at 255
-            values = np.asarray(image, dtype=np.float32) / (white_level / 255)
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
+            raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
+        ImageOps.exif_transpose(image, in_place=True)
+        picture = np.empty((image.height, image.width, 3), np.uint8)
+        for top in range(0, image.height, BAND):  # converted whole, it would take twice the memory
+            rows = picture[top:top + BAND]
+            band = image.crop((0, top, image.width, top + len(rows)))
+            if is_deep(band):  # convert("RGB") would clip at 255
+                values = np.asarray(band, dtype=np.float32) / (white_level / 255)
+                band = Image.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
+            rows[:] = np.asarray(band.convert("RGB"))
+        return picture
 
 
 def is_deep(image):
@@ -69,26 +84,57 @@ def resize(picture, side):
 def list_pictures(folder):
     """Relative paths of the pictures below a folder, class folder after class folder, sorted.
 
+    Links to pictures and to folders are followed; a line says where some lead out of `folder`.
     Files and folders whose name begins with a dot are left out. Raises UserError where the folder
-    is missing or holds no picture.
+    is missing or holds no picture, and for a link to nothing or in a circle.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = []
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.suffix.lower() in EXTENSIONS and not hidden and path.is_file():
-            found.append(parts)
+    links, found = [], []
+    for entry in walk(folder, links):
+        if Path(entry.name).suffix.lower() in EXTENSIONS and entry.is_file():
+            found.append(Path(entry.path).relative_to(folder).parts)
     if not found:
         raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    inside = folder.resolve()
+    outside = [link for link in links if not Path(link).resolve().is_relative_to(inside)]
+    if outside:
+        say_once(f"{folder}: follows {len(outside)} links that lead out of it, the first "
+                 f"{outside[0]} -> {os.path.realpath(outside[0])}")
     return ["/".join(parts) for parts in sorted(found)]
 
 
 def holds_pictures(folder):
     """Whether there is a picture anywhere below a folder, by its name."""
     return any(path.suffix.lower() in EXTENSIONS for path in Path(folder).rglob("*"))
+
+
+def walk(folder, links, above=()):
+    """Entries of the files below a folder, links followed and added to the list `links`.
+
+    above: the folders on the way here, without links, which a link must not lead back to.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        raise UserError(f"{folder}: a link to a folder that it lies in; remove it")
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink():
+            links.append(entry.path)
+            if not os.path.exists(entry.path):
+                raise UserError(f"{entry.path}: a link to nothing; mend or remove it")
+        if entry.is_dir():
+            yield from walk(entry.path, links, (*above, here))
+        else:
+            yield entry
+
+
+@cache
+def say_once(line):
+    """Print a line, once in a process: a folder is listed several times."""
+    print(line)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,416 @@
+"""infer.py on a device: what it prints, refuses, watches and survives."""
+
+import ast
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import infer
+from common.errors import UserError
+from common.export import load_exported
+
+
+@pytest.fixture(scope="module")
+def edge(tiny):
+    """The run folder of the tiny chain's student, whose good class is `level`."""
+    return tiny.runs / "student"
+
+
+def run_infer(*words, **more):
+    command = [sys.executable, str(ROOT / "infer.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **more)
+
+
+def in_one_line(run):
+    """What the only line on stderr of a refused run says."""
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    return run.stderr
+
+
+def test_infer_runs_alone_and_reports_bad_pictures(edge, tiny, tmp_path):
+    shutil.copy(ROOT / "infer.py", tmp_path)
+    shutil.copy(edge / "student.ts", tmp_path)
+    shutil.copytree(tiny.data / "test" / "level", tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no")
+    (tmp_path / "block.py").write_text(
+        "import runpy, sys\n"
+        "for name in ('common', 'timm', 'torchvision', 'tqdm', 'pytest', 'safetensors'):\n"
+        "    sys.modules[name] = None  # importing it fails\n"
+        "sys.argv = ['infer.py', '--model', 'student.ts', *sys.argv[1:]]\n"
+        "runpy.run_path('infer.py', run_name='__main__')\n"
+    )
+
+    def run(*words):
+        command = [sys.executable, "block.py", *words, "pictures"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    plain, as_json = run(), run("--json")
+    assert plain.returncode == as_json.returncode == 1
+    assert "broken.png: cannot be read" in plain.stderr
+    rows, verdicts = plain.stdout.splitlines(), map(json.loads, as_json.stdout.splitlines())
+    assert len(rows) == 20
+    for row, verdict in zip(rows, verdicts, strict=True):
+        path, name, probability, decision = row.split("\t")
+        assert (path, name) == (verdict["path"], verdict["class"])
+        assert decision == verdict["decision"]
+        p = verdict["probabilities"]
+        assert p[name] == max(p.values()) == verdict["probability"]
+        assert float(probability) == pytest.approx(verdict["probability"], abs=1e-3)
+
+
+def test_infer_decides_by_the_threshold_and_reviews_in_the_band(edge, tiny):
+    folder, file = tiny.data / "test", edge / "student.ts"
+    threshold = load_exported(file)[1]["operating_point"]["threshold"]
+    plain = run_infer("--model", file, "--json", folder).stdout.splitlines()
+    scores = []
+    for verdict in map(json.loads, plain):
+        scores.append(verdict["defect_score"])
+        assert verdict["decision"] == ("REJECT" if scores[-1] >= threshold else "PASS")
+    assert len(scores) == 60
+    low, high = sorted(scores)[20], sorted(scores)[40]
+    words = ("--model", file, "--csv", "--review-band", low, high, folder)
+    banded = run_infer(*words).stdout.splitlines()
+    assert banded[0] == "path,decision,class,probability,defect_score"
+    for score, line in zip(scores, banded[1:], strict=True):
+        expected = "REJECT" if score >= high else "REVIEW" if score >= low else "PASS"
+        assert line.split(",")[1] == expected
+    info = json.loads(run_infer("--model", edge / "student.int8.ts", "--info").stdout)
+    assert info["precision"] == "int8" and info["classes"] == ["cross", "level", "upright"]
+
+
+def test_every_picture_that_does_not_pass_gets_a_heatmap_of_its_own(edge, tiny, tmp_path):
+    for name in ("line_1", "line_2"):  # equal file names in two folders
+        shutil.copytree(tiny.data / "test", tmp_path / name)
+    words = ("--heatmap", "maps", "--json", "line_1", "line_2")
+    run = run_infer("--model", edge / "student.ts", *words, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    verdicts = list(map(json.loads, run.stdout.splitlines()))
+    rejected = {v["path"] for v in verdicts if v["decision"] == "REJECT"}
+    files = {str(f.relative_to(tmp_path / "maps")) for f in (tmp_path / "maps").rglob("*.jpg")}
+    assert len(verdicts) == 120 and len(rejected) > 70
+    assert files == {f"{path}.jpg" for path in rejected}
+
+
+def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):
+    Image.new("RGBA", (333, 77)).save(tmp_path / "wide.png")
+    Image.new("L", (5, 400)).save(tmp_path / "tall.png")
+    run = run_infer("--model", edge / "student.ts", tmp_path)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) == 2
+
+
+def test_names_forge_no_line_and_drive_no_terminal_and_lead_back_to_the_file(edge, tmp_path):
+    names = [b"a\nb.png\tgood\t1.000\tPASS\nc.png", b"\x1b[31mred.png", b"\xff\xfe.png",
+             "\u202egnp.\u00e9 \u4e2d.png".encode(), b"back\\slash.png",
+             b"=1+1.png", b"@x.png", b"-1.png"]
+    for name in names:
+        Image.new("L", (40, 40)).save(os.fsencode(tmp_path) + b"/" + name)
+    words = ("--model", edge / "student.ts", ".")
+    forms = ((), ("--csv",), ("--json",))
+    plain, as_csv, as_json = (run_infer(*words, *form, cwd=tmp_path) for form in forms)
+    rows = [row.split("\t") for row in plain.stdout.splitlines()]
+    records = list(csv.reader(as_csv.stdout.splitlines()))[1:]
+    verdicts = [json.loads(line) for line in as_json.stdout.splitlines()]
+    for run in (plain, as_csv, as_json):
+        assert run.returncode == 0
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\ufffd]", run.stdout)
+
+    def bytes_of(path):
+        return os.path.normpath(os.fsencode(ast.literal_eval(f'"{path}"')))
+
+    assert all(len(row) == 4 for row in rows) and all(len(record) == 5 for record in records)
+    for paths in ([r[0] for r in rows], [r[0] for r in records], [v["path"] for v in verdicts]):
+        assert sorted(map(bytes_of, paths)) == sorted(names)
+    assert {"./=1+1.png", "./@x.png", "./-1.png"} <= {record[0] for record in records}
+    assert not any(record[0][0] in "=+-@" for record in records)
+
+
+def test_a_pipe_among_the_pictures_is_not_waited_for(edge, tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    Image.new("L", (40, 40)).save(tmp_path / "y.png")
+    for words in ([tmp_path], [f"{tmp_path}/*.png"]):
+        run = run_infer("--model", edge / "student.ts", *words, timeout=60)
+        assert run.returncode == 0 and len(run.stdout.splitlines()) == 1
+    run = run_infer("--model", edge / "student.ts", tmp_path / "x.png", timeout=60)
+    assert "no pictures" in in_one_line(run)
+
+
+def test_heatmaps_are_not_written_among_the_pictures(edge, tiny, tmp_path):
+    shutil.copytree(tiny.data / "test" / "cross", tmp_path / "shots")
+    words = ("--model", edge / "student.ts", "shots", "--heatmap", ".")
+    assert "among the pictures" in in_one_line(run_infer(*words, cwd=tmp_path))
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_a_full_disk_ends_it_in_one_line(edge, tiny):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "infer.py", "--model", edge / "student.ts", tiny.data]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "No space left on device" in in_one_line(run)
+
+
+# ------------------------------------------------------------------------------------------- watch
+
+
+def start_watch(edge, folder, *words, **more):
+    words = ["--model", edge / "student.ts", "--watch", folder, "--json", *words]
+    command = [sys.executable, "-u", ROOT / "infer.py", *words]
+    return subprocess.Popen(command, text=True, **{
+        "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **more
+    })
+
+
+def judged(folder):
+    """The whole lines of a folder's judged.jsonl as data."""
+    file = folder / "judged.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def names_judged(folder):
+    return [record["key"][0] for record in judged(folder)]
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def stop(process):
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def shots(tiny, tmp_path):
+    """A folder with five pictures of defects."""
+    (tmp_path / "shots").mkdir()
+    for file in sorted((tiny.data / "test" / "cross").iterdir())[:5]:
+        shutil.copy(file, tmp_path / "shots")
+    return tmp_path / "shots"
+
+
+def test_a_watched_folder_is_judged_once_and_whole_across_a_kill(edge, tiny, tmp_path):
+    files = sorted((tiny.data / "test").rglob("*.png"))[:12]
+    source = [file.read_bytes() for file in files]
+    first = start_watch(edge, tmp_path)
+    for number, content in enumerate(source[:5]):
+        (tmp_path / f"{number:02d}.png").write_bytes(content)
+    half = open(tmp_path / "half.png", "wb")
+    half.write(source[5][:200])
+    half.flush()
+    soon = time.time() + 100
+    os.utime(tmp_path / "half.png", (soon, soon))  # just changed, however slow this machine is
+    wait_until(lambda: len(names_judged(tmp_path)) == 5)
+    first.send_signal(signal.SIGKILL) if hasattr(signal, "SIGKILL") else first.kill()
+    first.wait()
+
+    for number, content in enumerate(source[6:9], 6):
+        (tmp_path / f"{number:02d}.png").write_bytes(content)
+    with open(tmp_path / "judged.jsonl", "a") as file:
+        file.write('{"key": ["06.png", 1')  # a write that the kill cut off
+    second = start_watch(edge, tmp_path)
+    half.write(source[5][200:])
+    half.close()
+    wait_until(lambda: len(names_judged(tmp_path)) == 9)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    wait_until(lambda: len(names_judged(tmp_path)) == 10)
+    second.kill()
+    second.wait()
+    names = names_judged(tmp_path)
+    expected = [f"{n:02d}.png" for n in (0, 1, 2, 3, 4, 6, 7, 8)] + ["half.png", "broken.png"]
+    assert sorted(names) == sorted(expected) and names[-1] == "broken.png"
+    lines = (tmp_path / "judged.jsonl").read_text().splitlines()
+    *whole, bad = [json.loads(line) for line in lines]
+    assert "error" in bad and all("decision" in line for line in whole)
+
+
+def test_a_damaged_line_costs_no_more_than_its_own_picture(edge, shots):
+    watcher = start_watch(edge, shots)
+    wait_until(lambda: len(names_judged(shots)) == 5)
+    stop(watcher)
+    lines = (shots / "judged.jsonl").read_bytes().splitlines(keepends=True)
+    names = names_judged(shots)
+    lines[1] = lines[1][:20] + lines[2]  # a full disk cut the second short
+    lines[2] = b"\0" * 50 + b"\n"
+    lines[3] = b"[" * 100_000 + b"\n"
+    (shots / "judged.jsonl").write_bytes(b"".join(lines))
+    watcher = start_watch(edge, shots, stderr=subprocess.PIPE)
+    assert "3 judged before" in watcher.stderr.readline()
+    again = [json.loads(watcher.stdout.readline())["path"] for _ in range(2)]
+    stop(watcher)
+    assert sorted(again) == sorted(str(shots / name) for name in (names[1], names[3]))
+
+
+def test_odd_pictures_do_not_end_the_watch(edge, tmp_path):
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    Image.new("L", (3, 60_000)).save(folder / "tall.png")
+    Image.new("L", (60_000, 1)).save(folder / "wide.png")
+    Image.new("L", (70_000, 1)).save(folder / "wider.png")
+    Image.new("L", (9, 9)).save(folder / f"{'n' * 246}.png")
+    (folder / "x\ny.png").write_bytes(b"no picture")
+    words = ("--heatmap", tmp_path / "maps", "--review-band", 0, 1)
+    watcher = start_watch(edge, folder, *map(str, words))
+    wait_until(lambda: len(names_judged(folder)) == 5)
+    stop(watcher)
+    unread = {record["key"][0] for record in judged(folder) if "error" in record}
+    assert unread == {"wider.png", "x\\ny.png"}
+    assert len(list((tmp_path / "maps").rglob("*.jpg"))) == 3
+
+
+def test_a_second_watcher_is_refused_in_one_line(edge, shots):
+    first = start_watch(edge, shots)
+    wait_until(lambda: len(names_judged(shots)) == 5)
+    run = run_infer("--model", edge / "student.ts", "--watch", shots, timeout=60)
+    assert "watched by another" in in_one_line(run) and first.poll() is None
+    stop(first)  # a killed one holds nothing
+    third = start_watch(edge, shots, stderr=subprocess.PIPE)
+    assert "5 judged before" in third.stderr.readline()
+    stop(third)
+
+
+def test_a_picture_counts_as_judged_when_its_heatmap_is_drawn(edge, shots, tmp_path):
+    (tmp_path / "maps").write_text("a file where the folder should be")
+    words = ("--heatmap", str(tmp_path / "maps"), "--review-band", "0", "1")
+    watcher = start_watch(edge, shots, *words, stderr=subprocess.PIPE)
+    assert watcher.wait(60) == 2 and "maps" in watcher.stderr.read() and not judged(shots)
+    (tmp_path / "maps").unlink()
+    watcher = start_watch(edge, shots, *words)
+    wait_until(lambda: len(names_judged(shots)) == 5)
+    stop(watcher)
+    assert len(list((tmp_path / "maps").rglob("*.jpg"))) == 5
+
+
+def test_after_a_full_disk_the_watch_goes_on_with_nothing_lost_or_doubled(edge, shots):
+    resource = pytest.importorskip("resource")
+
+    def fill_soon():  # a file may grow to 900 bytes: three lines and a part of the fourth
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+
+    watcher = start_watch(edge, shots, stderr=subprocess.PIPE, preexec_fn=fill_soon)
+    first, errors = watcher.communicate(timeout=60)
+    assert watcher.returncode == 2 and errors.count("error:") == errors.count("\n") - 1 == 1
+    written = (shots / "judged.jsonl").read_bytes()
+    assert written.endswith(b"\n") and 0 < len(judged(shots)) == first.count("\n") < 5
+    watcher = start_watch(edge, shots)
+    wait_until(lambda: len(names_judged(shots)) == 5)
+    then = [watcher.stdout.readline() for _ in range(5 - first.count("\n"))]
+    stop(watcher)
+    said = [json.loads(line)["path"] for line in [*first.splitlines(), *then]]
+    assert sorted(said) == sorted(str(path) for path in shots.glob("*.png"))
+    assert sorted(names_judged(shots)) == sorted(path.name for path in shots.glob("*.png"))
+
+
+def test_a_verdict_that_could_not_be_printed_is_printed_after_the_next_start(edge, shots):
+    with open("/dev/full", "w") as full:
+        watcher = start_watch(edge, shots, stdout=full)
+        assert watcher.wait(60) == 2
+    assert not judged(shots)
+
+
+# --------------------------------------------------------------------------- the file of the model
+
+
+@pytest.mark.parametrize("damage", ["foreign", "cut", "one bit of a weight"])
+def test_a_foreign_truncated_or_damaged_model_is_refused_in_one_line(edge, tmp_path, damage):
+    file = tmp_path / "student.ts"
+    content = bytearray((edge / "student.ts").read_bytes())
+    if damage == "foreign":
+        torch.save({"a": 1}, file)
+    elif damage == "cut":
+        file.write_bytes(content[:100_000])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    run = run_infer("--model", file, ROOT)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "export it again" in run.stderr
+    with pytest.raises(UserError, match="export it"):
+        load_exported(file)
+
+
+def refusal(file, capsys, *more):
+    """What infer.py's loading says of a file that it refuses, in one line."""
+    with pytest.raises(SystemExit) as end:
+        infer.load_student(file, *more)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+class Foreign(torch.nn.Module):
+    """TorchScript that answers like a student of three classes."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 3), 1 / 3)
+
+    @torch.jit.export
+    def explain(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.forward(picture), torch.zeros(8, 8)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [
+    {}, {"schema": 1}, {"classes": ["a", "b"]}, {"classes": 3}, {"classes": [1, 2, 3]},
+    {"good_class": "none"}, {"good_class": ["level"]}, {"view_size": "64"}, {"view_size": 10**9},
+    {"white_level": None}, {"white_level": 0}, {"precision": []}, {"operating_point": [1]},
+    {"operating_point": {"threshold": "0.5"}}, {"good_class": None},
+    "[]", "{}", "null", "no JSON", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, None,
+], ids=lambda change: str(change)[:40])
+def test_torchscript_with_other_metadata_is_refused_in_one_line(edge, tmp_path, capsys, change):
+    metadata = load_exported(edge / "student.ts")[1]
+    text = json.dumps({**metadata, **change}) if isinstance(change, dict) else change
+    extra = {} if text is None else {"metadata.json": text}
+    torch.jit.save(torch.jit.script(Foreign()), tmp_path / "x.ts", _extra_files=extra)
+    if change == {}:
+        assert infer.load_student(tmp_path / "x.ts")[1] == metadata
+    else:
+        assert "not a student.ts" in refusal(tmp_path / "x.ts", capsys)
+
+
+def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_path, capsys):
+    whole = (edge / "student.int8.ts").read_bytes()
+    metadata = load_exported(edge / "student.int8.ts")[1]
+    file, chance, refused = tmp_path / "x.ts", random.Random(0), 0
+    for number in range(40):
+        data = bytearray(whole)
+        if number < 4:
+            del data[[0, 1, 1000, len(whole) - 1][number]:]
+        else:  # most of a file is weights: half of the flips are in the directory at its end
+            start = max(0, len(data) - 20_000) if number % 2 else 0
+            data[chance.randrange(start, len(data))] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        try:
+            assert infer.load(file, bytes(data))[1] == metadata
+        except SystemExit as end:
+            said = capsys.readouterr().err
+            assert end.code == 2 and said.count("\n") == 1 and "export it again" in said
+            refused += 1
+    assert refused > 20
+
+
+def test_only_the_model_of_the_named_sha256_is_loaded(edge, tmp_path, capsys):
+    file = edge / "student.ts"
+    right = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert infer.load_student(file, right.upper())[1]["precision"] == "float32"
+    said = refusal(edge / "student.int8.ts", capsys, right)
+    assert right in said and "its sha256 is" in said
+    run = run_infer("--model", file, "--sha256", "0" * 64, ROOT)
+    assert right in in_one_line(run)
+    help_text = " ".join(run_infer("--help").stdout.split())
+    assert "is a program, and loading it runs it" in help_text
