@@ -94,10 +94,9 @@ def list_pictures(names):
     for name in names:
         if os.path.isdir(name):
             yield from pictures_below(Path(name))
-            continue
-        found = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
-        yield from map(Path, sorted(filter(os.path.isfile, found)))  # no pipe, which never ends
-        if not found:
+        elif found := [name] if os.path.isfile(name) else glob.glob(name, recursive=True):
+            yield from map(Path, sorted(filter(os.path.isfile, found)))  # no pipe, which never ends
+        else:
             fail(f"{name}: no such file or folder")
 
 
@@ -112,10 +111,7 @@ def pictures_below(folder, above=()):
 
 
 def load_student(path, sha256=None):
-    """(module, metadata) of a student.ts, made ready: compiled, or on the fastest int8 engine.
-
-    Ends the program with one line where the file's hash is not `sha256`, if that is given.
-    """
+    """(module, metadata) of a student.ts, made ready: compiled, or on the fastest int8 engine."""
     if not Path(path).is_file():
         fail(f"{path}: no such file; distill.py writes it")
     data = Path(path).read_bytes()  # once, so that what is loaded is what was checked
@@ -123,7 +119,7 @@ def load_student(path, sha256=None):
     if sha256 and found != sha256.lower():
         fail(f"{path}: its sha256 is {found}, not {sha256}; copy the file again")
     module, metadata = load(path, data)
-    frame = torch.zeros(*2 * [metadata["view_size"]], 3, dtype=torch.uint8)
+    frame = torch.zeros(metadata["view_size"], metadata["view_size"], 3, dtype=torch.uint8)
     if metadata["precision"] == "float32":
         torch.jit.enable_onednn_fusion(torch.backends.mkldnn.is_available())  # a quarter faster
         for _ in range(3):  # the first call is looked at and the second compiled
@@ -210,9 +206,8 @@ class Judge:
 
         # The path as it was named, below the folder, so that every picture has a file of its own.
         parts = ["up" if part == ".." else part for part in path.parts if part != path.anchor]
-        name = os.fsencode(parts[-1])
-        if len(name) > 250:  # a file system takes 255 with the ending
-            parts[-1] = hashlib.sha256(name).hexdigest()
+        if len(os.fsencode(path.name)) > 250:  # a file system takes 255 with the ending
+            parts[-1] = hashlib.sha256(os.fsencode(path.name)).hexdigest()
         file = Path(self.heatmaps, *parts[:-1], f"{parts[-1]}.jpg")
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.parent.samefile(path.parent):
@@ -280,8 +275,8 @@ def watch(folder, white_level, judge, report):
         lock(single)
         judged, end = read_judged(log)
         file.truncate(end)
-        start = f"watching {printable(folder)}; {len(judged)} judged before; Ctrl-C ends"
-        print(start, file=sys.stderr)
+        begin = f"watching {printable(folder)}; {len(judged)} judged before; Ctrl-C ends"
+        print(begin, file=sys.stderr)
         for path, key, picture in arrivals(folder, judged, white_level):
             verdict = judge(path, picture)
             line = (json.dumps({"key": key, **verdict}) + "\n").encode()
