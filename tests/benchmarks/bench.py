@@ -7,6 +7,7 @@ infer.py are found from any working directory. Wherever a table says ±, it is h
 
 import csv
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -36,6 +37,20 @@ STUDENT_T = {  # the same of Student's t, by the number of values
 def call(script, *words):
     """Run one of the scripts as a user would; CalledProcessError where it fails."""
     subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True)
+
+
+def process_server(*modules):
+    """A multiprocessing context whose processes have imported these modules already.
+
+    A server imports them once and forks a process whenever one is wanted. Forking the process that
+    wants it would not do, since torch's threads do not survive that.
+    """
+    here = str(Path(__file__).parent)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes' networks are too tiny for more
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), here])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
 
 
 def run_stages(stages, home):

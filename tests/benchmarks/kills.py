@@ -17,7 +17,6 @@ imports; for the files this is the same.
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -30,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from bench import ROOT, machine, make_pictures, print_table
+from bench import machine, make_pictures, print_table, process_server
 
 import build_ensemble
 import distill
@@ -53,26 +52,11 @@ SCRIPTS = {  # script: (what runs, its command line)
     "evaluate.py": (evaluate.main, ("--device", "cpu")),
     "infer.py --watch": (infer.main, ("--watch", "camera")),
 }
-MODULES = ("train_teacher", "build_ensemble", "distill", "evaluate", "infer")
+CONTEXT = process_server("train_teacher", "build_ensemble", "distill", "evaluate", "infer")
 MEASURED = {"latency_ms", "seconds", "versions", "checkpoint_sha256"}  # of best.pt with its seconds
 
 
 # ------------------------------------------------------------------------------- running, killing
-
-
-def prepare():
-    """What starts the scripts: a server that imports them once and forks a process for each run.
-
-    Forking this process would not do, since torch's threads do not survive that.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"  # so tiny networks gain nothing from more
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*MODULES])
-    return context
-
-
-CONTEXT = prepare()
 
 
 def start(script, *more):
@@ -158,9 +142,9 @@ def artefacts(script):
         views = {file.name: digest(file) for file in sorted(runs.glob("ensemble/view_*.npy"))}
         return {**views, "ensemble.json": read_json(runs / "ensemble/ensemble.json")}
     if script == "distill.py":
-        files = {f"student/{each}": exported(runs / "student" / each)
-                 for each in ("student.ts", "student.int8.ts")}
-        return {**trained(runs / "student"), **files}
+        files = sorted((runs / "student").glob("*.ts"))
+        members = {k: v for file in files for k, v in exported(file).items()}
+        return {**trained(runs / "student"), **members}
     if script == "evaluate.py":
         audits = {file.name: read_json(file) for file in runs.glob("decoded/audit-*.json")}
         report = runs / "report"
@@ -197,11 +181,11 @@ def exported(path):
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             inner = name.split("/", 1)[1]  # the first folder is called as the temporary file was
-            if inner == ".data/serialization_id":  # a hash of the names
-                continue
-            members[inner] = hashlib.sha256(archive.read(name)).hexdigest()
+            content = archive.read(name)
             if inner == "extra/metadata.json":
-                members[inner] = without_measured(json.loads(archive.read(name)))
+                members[f"{path.name} {inner}"] = without_measured(json.loads(content))
+            elif inner != ".data/serialization_id":  # a hash of the names
+                members[f"{path.name} {inner}"] = hashlib.sha256(content).hexdigest()
     return members
 
 
