@@ -374,6 +374,7 @@ def verdict():
 def file_checker(name):
     """(bytes, other files, mutation, check) of a kind of file."""
     pattern, load, mutation, _ = FILES[name]
+    shutil.rmtree(cli.CACHE)  # that of another folder
     with contextlib.suppress(UserError):  # a cache of this folder is made by a first reading
         load()
     original = load()
