@@ -41,7 +41,7 @@ CLASSES = ("good", "hole", "rust", "scratch")
 SIDE, VIEWS = 32, 8
 BYTES = 20_000  # a picture with all that is made from it takes less
 LINEAR, FLAT = 1.15, 300  # times the growth of the pictures; MB
-SHORT = 2.0  # s, below which a time says nothing about growth
+SHORT = 5.0  # s, below which a time says nothing about growth
 ONE_EPOCH = ("--epochs", 1, "-b", 128, "--device", "cpu")
 STAGES = {
     "decoding": ("tests/benchmarks/growth.py", "--stage", "decode"),
