@@ -84,7 +84,7 @@ def finish(process, script):
     while script == "infer.py --watch" and process.is_alive() and time.monotonic() < deadline:
         if count_lines() >= CAMERA:
             os.kill(process.pid, signal.SIGINT)
-            break
+            process.join(2)  # one that had all judged before may not be listening yet
         time.sleep(0.002)
     process.join(max(0.0, deadline - time.monotonic()))
     if process.is_alive():
