@@ -1,0 +1,557 @@
+"""Damaged files: are they refused in words, at once, in bounded memory, and never believed?
+
+    python tests/benchmarks/fuzz.py                              # 100,000 pictures, 20,000 others
+    python tests/benchmarks/fuzz.py --pictures 2000 --files 1000 --keep findings
+
+Pictures of every format are cut off, their bits flipped, sizes in their headers changed, parts of
+them swapped, and go through infer.py's `try_to_read` and common/images.py's `decode_file`: both
+must end in pixels or an exception that they catch, and agree. A picture has no checksum that its
+format's reader always compares, so another picture may come out.
+
+Files that one stage writes and another reads go through their own loaders. Only UserError (or
+infer.py's exit status 2) may come out of these, or the content of the undamaged file. The decoded
+cache and the audit's are made again instead of refused. "An edit" is no damage: metadata.json
+changed and packed with right checksums, as a foreign program might; there only the error counts.
+
+Everything runs in processes of its own; one that dies or takes over LIMIT seconds over a file is
+counted as uncaught, and replaced. Peak memory is beyond what the process had before the first file.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from bench import call, machine, make_pictures, print_table, process_server
+from PIL import Image
+from torch import nn
+
+import infer
+from common import audit, checkpoints, cli, export, splits
+from common.ensemble import CachedLogits, load_ensemble
+from common.errors import UserError
+from common.images import DecodedCache, decode_file, resize
+
+LIMIT = 30  # s over one file, after which its process is ended
+MEMORY = 4 * 2**30  # bytes of address space that a process may take beyond its start
+SIZE = (37, 29)  # px; numbers that are easily found in a header
+WHITE_LEVEL = 65535
+VALUES = (0, 1, 2, 255, 4096, 8900, 32767, 65535, 100_000, 2**31 - 1, 2**32 - 1)  # for a size
+FOREIGN = (  # how files of other programs begin, which Pillow knows as well
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1", b"\0\0\1\0", b"DDS |",
+    b"SIMPLE  =", b"\x0a\x05\x01\x08", b"icns", b"\0\0\0\x0cjP  ", b"\0\0\0 ftypavif", b"PK\3\4",
+    b"\x59\xa6\x6a\x95", b"P6 9 9 255\n", b"Pf 9 9 -1\n", b"qoif", b"BLP2", b"FWS",
+)
+GOOD = ("refused", "as the original")
+OUTCOMES = (*GOOD, "as something else", "readers differ", "uncaught")
+
+
+# ------------------------------------------------------------------------------------- mutations
+
+
+def mutate(data, others, rng):
+    """A damaged copy of some bytes, different from them; others: files to take parts from."""
+    while True:
+        kind = MUTATIONS[rng.integers(len(MUTATIONS))]
+        damaged = bytes(kind(bytearray(data), others, rng))
+        if damaged.startswith(b"\x89PNG") and rng.random() < 0.5:
+            damaged = with_right_sums(damaged)
+        if damaged != data:
+            return damaged
+
+
+def place(size, rng):
+    """A position in a file: a third of them anywhere, the others near its two ends."""
+    near = int(np.exp(rng.uniform(0, np.log(size)))) - 1
+    return (int(rng.integers(size)), near, size - 1 - near)[rng.integers(3)]
+
+
+def cut_off(data, others, rng):
+    return data[: place(len(data), rng)]
+
+
+def flip_bits(data, others, rng):
+    for _ in range(rng.integers(1, 9)):
+        data[place(len(data), rng)] ^= 1 << int(rng.integers(8))
+    return data
+
+
+def overwrite(data, others, rng):
+    start = place(len(data), rng)
+    data[start:start + 16] = rng.bytes(min(len(data) - start, int(rng.integers(1, 17))))
+    return data
+
+
+def change_number(data, others, rng):
+    """Two or four bytes of the first hundred become an extreme number."""
+    start = int(rng.integers(min(100, len(data))))
+    form = ("<H", ">H", "<I", ">I")[rng.integers(4)]
+    return put(data, start, form, VALUES[rng.integers(len(VALUES))])
+
+
+def change_size(data, others, rng):
+    """Width or height, wherever it stands in the header, becomes another one."""
+    found = []
+    for form in ("<H", ">H", "<I", ">I"):
+        for side in SIZE:
+            start = data[:400].find(struct.pack(form, side))
+            found += [(start, form)] if start >= 0 else []
+    for side in SIZE:
+        start = data[:20].find(str(side).encode())
+        if start >= 0:  # in text, as in a PGM
+            number = str(VALUES[rng.integers(len(VALUES))]).encode()
+            return data[:start] + number + data[start + 2:]
+    if not found:
+        return change_number(data, others, rng)
+    for _ in range(rng.integers(1, 3)):
+        data = put(data, *found[rng.integers(len(found))], VALUES[rng.integers(len(VALUES))])
+    return data
+
+
+def put(data, start, form, number):
+    packed = struct.pack(form, number % 256 ** struct.calcsize(form))
+    data[start:start + len(packed)] = packed
+    return data
+
+
+def splice(data, others, rng):
+    """The head of one file before the tail of another."""
+    other = others[rng.integers(len(others))]
+    one, two = (data, other) if rng.random() < 0.5 else (other, data)
+    return bytearray(one[: place(len(one), rng)]) + two[place(len(two), rng):]
+
+
+def foreign_head(data, others, rng):
+    head = FOREIGN[rng.integers(len(FOREIGN))]
+    return bytearray(head) + data[len(head) * int(rng.integers(2)):]
+
+
+def move_piece(data, others, rng):
+    """A piece is taken out, doubled or put elsewhere."""
+    start, length = place(len(data), rng), int(rng.integers(1, 65))
+    piece, rest = data[start:start + length], data[:start] + data[start + length:]
+    where, times = place(len(data), rng), int(rng.integers(3))
+    return rest[:where] + piece * times + rest[where:]
+
+
+MUTATIONS = (cut_off, flip_bits, overwrite, change_number, change_size, splice, foreign_head,
+             move_piece)
+
+
+def with_right_sums(png):
+    """A PNG whose chunks have the checksums of what is in them, so that a reader goes on."""
+    data, start = bytearray(png), 8
+    while start + 12 <= len(data):
+        length = struct.unpack(">I", data[start:start + 4])[0]
+        end = start + 8 + length
+        if end + 4 > len(data):
+            break
+        data[end:end + 4] = struct.pack(">I", zlib.crc32(data[start + 4:end]))
+        start = end + 4
+    return bytes(data)
+
+
+def mutate_json(data, others, rng):
+    """As `mutate`, or with a value of the JSON replaced or left out."""
+    if rng.random() < 0.5:
+        return mutate(data, others, rng)
+    value = json.loads(data)
+    at = value
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        key = keys[rng.integers(len(keys))]
+        if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.3:
+            break
+        at = at[key]
+    number = at[key] if isinstance(at[key], int | float) else 1
+    others = (None, [], {}, -1, "x", 1e308, float("nan"), True, [[]], number * 1.001, number + 1)
+    if rng.random() < 0.3:
+        del at[key]
+    else:
+        at[key] = others[rng.integers(len(others))]
+    damaged = json.dumps(value, indent=1).encode() + b"\n"
+    return damaged if damaged != data else mutate_json(data, others, rng)
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def drawn_pictures():
+    """{format: bytes} of one small drawing."""
+    x, y = np.meshgrid(np.arange(SIZE[0]), np.arange(SIZE[1]))
+    grey = (60 + 4 * x + 2 * y).astype(np.uint8)
+    colour = Image.fromarray(np.stack([grey, 255 - grey, (x * y % 251).astype(np.uint8)], 2))
+    deep = Image.fromarray(grey.astype(np.uint16) * 200 + 7)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds = {
+        "PNG": (colour, {}),
+        "PNG, palette": (colour.convert("P"), {}),
+        "PNG, 16 bits": (deep, {}),
+        "JPEG": (colour, {"quality": 90}),
+        "JPEG, progressive, turned": (colour, {"progressive": True, "exif": turned}),
+        "BMP": (colour, {}),
+        "TIFF": (colour, {}),
+        "TIFF, LZW": (colour, {"compression": "tiff_lzw"}),
+        "TIFF, deflate, 16 bits": (deep, {"compression": "tiff_adobe_deflate"}),
+        "TIFF, 16 bits": (deep, {}),
+        "GIF": (colour.convert("P"), {}),
+        "WEBP": (colour, {"quality": 80}),
+        "WEBP, lossless": (colour, {"lossless": True}),
+        "PGM": (colour.convert("L"), {}),
+    }
+    found = {}
+    for name, (image, options) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, "PPM" if name == "PGM" else name.split(",")[0], **options)
+        found[name] = file.getvalue()
+    return found
+
+
+def picture_checker(name):
+    """(bytes, other files, mutation, check) of a picture format."""
+    drawn, path = drawn_pictures(), Path("picture")
+
+    def read(data):
+        """(pixels or None, the same resized by either reader, s of the slower one)."""
+        path.write_bytes(data)
+        start = time.perf_counter()
+        ours = infer.try_to_read(path, WHITE_LEVEL)
+        middle = time.perf_counter()
+        theirs = decode_file(path, hashlib.sha256(data).hexdigest(), 32, WHITE_LEVEL)[0]
+        seconds = max(middle - start, time.perf_counter() - middle)
+        if isinstance(ours, MemoryError):
+            raise ours
+        if isinstance(ours, Exception):
+            return None, None, theirs, seconds
+        return ours, resize(torch.from_numpy(ours), 32), theirs, seconds
+
+    original = read(drawn[name])[0]
+
+    def check(data):
+        ours, small, theirs, seconds = read(data)
+        if (small is None) != (theirs is None):
+            return "readers differ", seconds
+        if ours is None:
+            return "refused", seconds
+        if not torch.equal(small, theirs):
+            return "readers differ", seconds
+        same = np.array_equal(ours, original)
+        return "as the original" if same else "as something else", seconds
+
+    return drawn[name], list(drawn.values()), mutate, check
+
+
+# ----------------------------------------------------------------------------- the project's files
+
+
+def make_files():
+    """A tiny chain's files in the working directory, and a student.ts with a tiny network."""
+    make_pictures(Path("parts"), {"train": 8, "test": 4})
+    call("train_teacher.py", "--data-dir", "parts", "--view-size", 32, "--model", "test_resnet",
+         "--epochs", 1, "--device", "cpu")
+    call("build_ensemble.py", "--views", 2, "--device", "cpu")
+    normal = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "img_size": 32}
+    network = SimpleNamespace(backbone=SimpleNamespace(fc=nn.Linear(4, 3)), **normal)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    deployed = export.Deployed(network, trunk, view_size=32, temperature=1.0, good=0)
+    metadata = {
+        "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_class": "good",
+        "view_size": 32, "img_size": 32, "white_level": WHITE_LEVEL, "precision": "float32",
+        "operating_point": {"threshold": 0.5, "target": {"max_miss_rate": 0.05}},
+        "temperature": 1.0, "parameters": 127,
+    }
+    export.save_torchscript(deployed, metadata, Path("student.ts"))
+
+
+def same(a, b):
+    """Whether two plain values with tensors and arrays in them are equal, NaN unequal to all."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def ensemble():
+    return load_ensemble("runs/ensemble")
+
+
+def logits():
+    return [np.array(view) for view in CachedLogits("runs/ensemble", ensemble()).logits]
+
+
+def ensemble_and_logits():
+    """ensemble.json, and what it lets through to the logits."""
+    record = ensemble()
+    CachedLogits("runs/ensemble", record).targets([0, 1], [0, 1], 2.0)
+    return record
+
+
+def decoded():
+    """The decoded training pictures; UserError where they had to be made again."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        found = DecodedCache(cli.CACHE).open(Path("parts/train"), 32)
+    content = [np.array(found.images), found.paths, found.digests, found.facts, found.bad]
+    return remade(content, "decoded" in said.getvalue())
+
+
+def audited():
+    """What the audit found; UserError where the pictures had to be looked at again."""
+    cache, record = DecodedCache(cli.CACHE), checkpoints.peek("runs/test_resnet/best.pt")["data"]
+    train, val, record = splits.open_training(cache, record)
+    sets = {"train": train, "val": val, **splits.open_tests(cache, ["parts/test"], record)}
+    files = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
+    found = audit.audit(sets, cli.CACHE)
+    audit.describe(found, record["classes"])
+    again = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
+    return remade(found, files != again)
+
+
+ORIGINAL = {}  # what a cache holds, as first read in this process
+
+
+def remade(content, again):
+    """The content of a cache; UserError where it was made again, and is as it was."""
+    key = str(type(content))
+    if not again:
+        return content
+    if same(content, ORIGINAL.setdefault(key, content)):
+        raise UserError("made again")
+    return content
+
+
+def checkpoint():
+    return checkpoints.load("runs/test_resnet/best.pt")
+
+
+def peeked():
+    return checkpoints.peek("runs/test_resnet/best.pt")
+
+
+def exported():
+    return judged(*export.load_exported("student.ts"))
+
+
+def exported_for_infer():
+    return judged(*infer.load("student.ts"))
+
+
+def judged(module, metadata):
+    """Metadata, and what the network says of a grey frame."""
+    return [metadata, module(torch.full((32, 32, 3), 90, dtype=torch.uint8))]
+
+
+def verdict():
+    """What infer.py would print of a grey picture."""
+    student, metadata = infer.load_student("student.ts")
+    judge = infer.Judge(student, metadata)
+    return judge("grey.png", np.full((32, 32, 3), 90, np.uint8))
+
+
+def file_checker(name):
+    """(bytes, other files, mutation, check) of a kind of file."""
+    pattern, load, mutation, _ = FILES[name]
+    shutil.rmtree(cli.CACHE)  # that of another folder
+    with contextlib.suppress(UserError):  # a cache of this folder is made by a first reading
+        load()
+    original = load()
+    path = next(Path().glob(pattern))
+    data = path.read_bytes()
+    others = [file.read_bytes() for file in Path("runs").rglob("*.*") if file.is_file()]
+
+    def check(damaged):
+        path.unlink()  # it may be mapped into memory
+        path.write_bytes(damaged)
+        start = time.perf_counter()
+        try:
+            found = load()
+            outcome = "as the original" if same(found, original) else "as something else"
+        except UserError:
+            outcome = "refused"
+        except SystemExit as end:
+            if end.code != 2:
+                raise
+            outcome = "refused"
+        seconds = time.perf_counter() - start
+        path.unlink()
+        path.write_bytes(data)
+        return outcome, seconds
+
+    return data, others, mutation, check
+
+
+def edit_metadata(data, others, rng):
+    """student.ts with a changed metadata.json and right checksums."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(packed, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("metadata.json"):
+                content = mutate_json(content, others, rng)
+            new.writestr(name, content)
+    return packed.getvalue()
+
+
+FILES = {  # what: (file, loader, mutation, share of the mutations)
+    "ensemble.json": ("runs/ensemble/ensemble.json", ensemble_and_logits, mutate_json, 4),
+    "view_001.npy": ("runs/ensemble/view_001.npy", logits, mutate, 3),
+    "index.json": ("runs/decoded/train-*/index.json", decoded, mutate_json, 3),
+    "images.bin": ("runs/decoded/train-*/images.bin", decoded, mutate, 1),
+    "audit-*.json": ("runs/decoded/audit-*.json", audited, mutate_json, 1),
+    "best.pt, load": ("runs/test_resnet/best.pt", checkpoint, mutate, 3),
+    "best.pt, peek": ("runs/test_resnet/best.pt", peeked, mutate, 2),
+    "student.ts, infer.py": ("student.ts", exported_for_infer, mutate, 2),
+    "student.ts, evaluate.py": ("student.ts", exported, mutate, 2),
+    "student.ts, an edit": ("student.ts", verdict, edit_metadata, 1),
+}
+
+
+# ------------------------------------------------------------------------------------- processes
+
+CONTEXT = process_server("infer", "common.audit", "common.export", "common.splits", "bench")
+
+
+def work(connection, home, name, numbers, seed, keep):
+    """What a process does: mutate and check, and send (number, outcome, s, MB, words) of each."""
+    os.chdir(home)
+    for descriptor in (1, 2):  # decoders write to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(dir=home) as own:
+        shutil.copytree("original", f"{own}/w")
+        os.chdir(f"{own}/w")
+        data, others, mutation, check = (file_checker if name in FILES else picture_checker)(name)
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        limit = MEMORY + 4096 * int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        for number in numbers:
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
+            damaged, words, start = mutation(data, others, rng), "", time.perf_counter()
+            try:
+                outcome, seconds = check(damaged)
+            except BaseException as error:
+                outcome, seconds = "uncaught", time.perf_counter() - start
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(frame.filename).name}:{frame.lineno}"
+                words = f"{type(error).__name__}: {str(error)[:80]} ({where})"
+            if keep and (outcome not in GOOD or seconds > 1):
+                Path(keep, f"{name}-{number}").write_bytes(damaged)
+            more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin) / 1024
+            connection.send((number, outcome, seconds, more, words))
+        os.chdir(home)
+    connection.close()
+
+
+def outcomes(home, name, count, args):
+    """(outcome, s, MB, words) of all mutations of a kind, by several processes."""
+    pending = np.array_split(np.arange(count), args.jobs)
+    running = {}
+
+    def begin(numbers):
+        if len(numbers):
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            words = (theirs, home, name, numbers.tolist(), args.seed, args.keep)
+            process = CONTEXT.Process(target=work, args=words)
+            process.start()
+            theirs.close()
+            running[ours] = [process, numbers, time.monotonic() + 30]  # its start takes a while
+
+    for numbers in pending:
+        begin(numbers)
+    while running:
+        for connection in wait(list(running), timeout=1):
+            state = running[connection]
+            try:
+                number, *told = connection.recv()
+            except EOFError:
+                process, numbers, _ = running.pop(connection)
+                process.join()
+                if len(numbers):
+                    yield "uncaught", 0.0, 0.0, f"process ended with {process.exitcode}"
+                    begin(numbers[1:])
+                continue
+            state[1], state[2] = numbers_after(state[1], number), time.monotonic()
+            yield told
+        for process, _, heard in running.values():
+            if time.monotonic() - heard > LIMIT:
+                process.kill()  # its connection ends, and the next one goes on behind this file
+
+
+def numbers_after(numbers, number):
+    return numbers[np.searchsorted(numbers, number) + 1:]
+
+
+def measure(home, name, count, args):
+    """The row of one kind of file, and the faults that were found."""
+    counts, slowest, peak, faults = Counter(), 0.0, 0.0, Counter()
+    late = 0
+    for outcome, seconds, megabytes, words in outcomes(home, name, count, args):
+        counts[outcome] += 1
+        slowest, peak = max(slowest, seconds), max(peak, megabytes)
+        late += seconds > 1
+        faults[words or outcome] += outcome not in GOOD
+    cells = [str(counts[outcome]) for outcome in OUTCOMES]
+    numbers = [f"{1e3 * slowest:.0f}", str(late), f"{peak:.0f}"]
+    return [name, str(sum(counts.values())), *cells, *numbers], +faults
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--pictures", type=cli.natural, default=100_000, help="mutated pictures")
+    p.add_argument("--files", type=cli.natural, default=20_000, help="mutated other files")
+    p.add_argument("--jobs", type=cli.positive_int, default=os.cpu_count(), help="processes")
+    p.add_argument("--only", nargs="+", metavar="WHAT", help="rows of the table to be made")
+    p.add_argument("--keep", metavar="DIR", help="write what was not refused or slow there")
+    p.add_argument("--seed", type=cli.natural, default=0, help="of the mutations")
+    args = p.parse_args()
+    begin = time.perf_counter()
+    if args.keep:
+        Path(args.keep).mkdir(parents=True, exist_ok=True)
+        args.keep = str(Path(args.keep).resolve())
+
+    formats, shares = list(drawn_pictures()), sum(share for *_, share in FILES.values())
+    counts = dict.fromkeys(formats, -(-args.pictures // len(formats)))
+    counts.update({name: -(-args.files * share // shares) for name, (*_, share) in FILES.items()})
+    columns = ["what", "mutations", *OUTCOMES, "slowest, ms", "over 1 s", "peak MB"]
+    rows, faults = [], {}
+    with tempfile.TemporaryDirectory() as home:
+        Path(home, "original").mkdir()
+        with contextlib.chdir(f"{home}/original"):
+            make_files()
+        for name, count in counts.items():
+            if count and (not args.only or name in args.only):
+                row, faults[name] = measure(home, name, count, args)
+                rows.append(row)
+                print(*row, sep="\t", file=sys.stderr, flush=True)
+    print_table(columns, rows)
+    for name, found in faults.items():
+        for words, count in found.most_common():
+            print(f"{name}: {count} x {words}")
+    print(f"\n{time.perf_counter() - begin:.0f} s, {args.jobs} processes. {machine()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
