@@ -14,7 +14,9 @@ cache and the audit's are made again instead of refused. "An edit" is no damage:
 changed and packed with right checksums, as a foreign program might; there only the error counts.
 
 Everything runs in processes of its own; one that dies or takes over LIMIT seconds over a file is
-counted as uncaught, and replaced. Peak memory is beyond what the process had before the first file.
+counted as uncaught, and replaced. So is a MemoryError, of 4 GiB asked for by a file of a kilobyte,
+although the readers' callers catch it. Peak memory is beyond what the process had before the first
+file.
 """
 
 import contextlib

@@ -17,6 +17,9 @@ Bytes on disk, for views of side S, T teachers, V stored views beside the plain 
     runs/report      about 80 + 9 K a model and test picture in predictions.csv
     runs/decoded/audit-*.json, metrics.json   about 400 for each copy that is found
 
+Checkpoints and exported files do not grow. Beside other work set OMP_NUM_THREADS=1: two threads
+that wait for one core make the times many times too high.
+
 A memory map counts as memory of its process although the system takes it back when it is short, so
 "flat" is about the other memory, which is looked at every 20 ms.
 """
