@@ -84,7 +84,7 @@ def main():
 
     # A run is never overwritten unasked. An interruption may leave teachers that had not begun.
     homes = [Path(args.output) / name for name in args.model]
-    begun = [home for home in homes if (home / "last.pt").is_file()]
+    begun = [home for home in homes if training.has_run(home)]
     for home in homes:
         resume = args.resume and (home in begun or not begun)
         training.check_run_folder(home, resume, args.overwrite)

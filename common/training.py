@@ -62,12 +62,16 @@ def epochs_for(steps, steps_per_epoch):
     return -(-steps // steps_per_epoch)
 
 
+def has_run(folder):
+    """Whether a run has left files in a folder; one that died early has no last.pt yet."""
+    return any((Path(folder) / name).is_file() for name in WRITTEN)
+
+
 def check_run_folder(folder, resume, overwrite):
     """Raise a UserError for a folder that holds a run already, or a --resume of none."""
-    last = Path(folder) / "last.pt"
-    if resume and not last.is_file():
-        raise UserError(f"--resume: {last} does not exist; leave --resume out to start")
-    written = any((Path(folder) / name).is_file() for name in WRITTEN)
+    written = has_run(folder)
+    if resume and not written:
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start")
     if written and not (resume or overwrite):
         raise UserError(
             f"{folder}: holds a run already; use --resume, --overwrite or another --output"

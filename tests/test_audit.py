@@ -169,6 +169,17 @@ def test_neighbours_outvote_a_wrong_label_but_not_a_rare_class():
     assert {(doubt["row"], doubt["suggested"]) for doubt in found} == {(5, 0), (50, 1)}
 
 
+def test_among_many_pictures_a_sample_votes_and_nobody_votes_for_itself(monkeypatch):
+    monkeypatch.setattr(labels, "REFERENCES", 60)
+    centres = torch.eye(2).repeat_interleave(100, 0)
+    features = centres + 0.1 * torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    its = torch.tensor([0] * 100 + [1] * 100)
+    wrong = torch.arange(0, 200, 20)
+    its[wrong] = 1 - its[wrong]
+    votes = labels.neighbour_votes(features, its, 2)
+    assert votes.argmax(1).tolist() == [0] * 100 + [1] * 100
+
+
 def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd):
     copy = inside.data / "unlabelled" / "z_copy.png"
     copy.write_bytes((inside.data / "test" / "level" / "l000.png").read_bytes())

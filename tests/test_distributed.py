@@ -32,9 +32,10 @@ def finish_or_die(run, val):
         os.kill(os.getpid(), signal.SIGKILL)
     finish_epoch(run, val)
 test.training.Run.finish_epoch = finish_or_die
-for script, words in json.loads(sys.argv[1]):
-    sys.argv = [script, *words]
-    cli.run(getattr(test, script).main)
+with test.distributed.processes():  # once: torch's store keeps the addresses of the first time
+    for script, words in json.loads(sys.argv[1]):
+        sys.argv = [script, *words]
+        cli.run(getattr(test, script).main.__wrapped__)
 """
 
 
@@ -58,7 +59,7 @@ def torchrun(folder, calls, die=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(program), json.dumps(plain)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def teacher(output, *more):

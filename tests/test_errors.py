@@ -16,7 +16,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import cli
+from common import training, cli
 from common.checkpoints import load, save
 from common.files import exclusive, load_json, save_json
 
@@ -129,8 +129,8 @@ def test_run_folders_in_use_and_resume_of_nothing(refused, tmp_path):
     assert "--overwrite" in refused(train_teacher, *PARTS)
     assert "--overwrite" in refused(distill, *CPU)
     nothing = ("--resume", "--output", tmp_path / "none")
-    assert "does not exist" in refused(distill, *nothing, *CPU)
-    assert "does not exist" in refused(train_teacher, *nothing, *PARTS)
+    assert "holds no run" in refused(distill, *nothing, *CPU)
+    assert "holds no run" in refused(train_teacher, *nothing, *PARTS)
 
 
 def test_a_finished_run_is_not_overwritten_unasked_where_only_best_pt_is_left(refused, tmp_path):
@@ -138,6 +138,8 @@ def test_a_finished_run_is_not_overwritten_unasked_where_only_best_pt_is_left(re
     shutil.copy("runs/test_resnet/best.pt", tmp_path / "test_resnet")
     assert "holds a run already" in refused(train_teacher, *PARTS, "--output", tmp_path)
     assert (tmp_path / "test_resnet" / "best.pt").is_file()
+    # Killed between its first best.pt and last.pt a run is as this one, and --resume begins again.
+    training.check_run_folder(tmp_path / "test_resnet", resume=True, overwrite=False)
 
 
 def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused, tmp_path):
