@@ -16,7 +16,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import training, cli
+from common import cli, training
 from common.checkpoints import load, save
 from common.files import exclusive, load_json, save_json
 
