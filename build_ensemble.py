@@ -129,11 +129,29 @@ def build(args, watch):
     absent = torch.tensor([view not in stored for view in range(views)])
     missing = distributed.from_first(absent).nonzero().flatten().tolist()
     print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
-    # Whole batches are shared out, so that several processes round as one does.
+    stored |= store_views(missing, teachers, pictures, recipe, spec, args)
+    watch.lap("teachers")
+    if distributed.rank():
+        return
+
+    digests = [stored[view] for view in range(views)]
+    rest = {"doubtful": doubtful, "versions": versions(), "sha256": digests}
+    save_json({**spec, **combination, **rest}, folder / "ensemble.json")
+    print(f"{folder}: {views} views of {len(pictures)} pictures by {len(teachers)} teachers")
+
+
+def store_views(missing, teachers, pictures, recipe, spec, args):
+    """Compute and write the views that are missing; returns {view: sha256 of its file}.
+
+    Whole batches are shared out among processes, so that several round as one does.
+    """
+    device = next(teachers[0].parameters()).device
+    paths = [teacher["path"] for teacher in spec["teachers"]]
     batches = distributed.share(in_batches(np.arange(len(pictures)), args.batch_size))
-    shape = (len(teachers), len(pictures), len(data["classes"]))
+    shape = (len(teachers), len(pictures), len(spec["data"]["classes"]))
     total = len(missing) * sum(map(len, batches))
     hidden = distributed.rank() > 0 or None  # None: only where there is no terminal
+    stored = {}
     with tqdm(total=total, desc="logits", disable=hidden, leave=False) as bar:
         for view in missing:
             logits = np.zeros(shape, np.float32)
@@ -145,16 +163,10 @@ def build(args, watch):
             distributed.sum_to_first(logits)
             if distributed.rank() == 0:
                 require_finite(logits, paths)
-                stored[view] = write_view(folder, view, logits.astype(args.dtype, copy=False))
-            tqdm.write(f"view {view} of {views - 1} stored")
-    watch.lap("teachers")
-    if distributed.rank():
-        return
-
-    digests = [stored[view] for view in range(views)]
-    rest = {"doubtful": doubtful, "versions": versions(), "sha256": digests}
-    save_json({**spec, **combination, **rest}, folder / "ensemble.json")
-    print(f"{folder}: {views} views of {len(pictures)} pictures by {len(teachers)} teachers")
+                logits = logits.astype(args.dtype, copy=False)
+                stored[view] = write_view(args.output, view, logits)
+            tqdm.write(f"view {view} stored")
+    return stored
 
 
 def in_batches(rows, batch_size):
