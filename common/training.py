@@ -148,6 +148,8 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
         self.steps_done = self.epoch * self.schedule.steps_per_epoch
+        if distributed.rank() == 0:  # a kill may have come between last.pt and log.csv
+            write_log(self.folder / "log.csv", self.history)
         print(f"resuming {self.folder} after epoch {self.epoch}")
 
     def epochs(self):

@@ -127,6 +127,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkey
         assert logs[0] == logs[1]
         for name in ("best.pt", "last.pt"):
             assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)
+    log = tmp_path / "cut" / runs[-1] / "log.csv"
+    rows = log.read_text()
+    log.unlink()  # as after a kill between the last last.pt and it
+    assert call(main, *cut, "--resume") == 0
+    assert log.read_text() == rows
 
 
 def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():

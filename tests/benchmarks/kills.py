@@ -54,7 +54,8 @@ SCRIPTS = {  # script: (what runs, its command line)
     "infer.py --watch": (infer.main, ("--watch", "camera")),
 }
 CONTEXT = process_server("train_teacher", "build_ensemble", "distill", "evaluate", "infer")
-MEASURED = {"latency_ms", "seconds", "versions", "checkpoint_sha256"}  # of best.pt with its seconds
+# What differs between equal runs: times, and the hashes of files that hold times.
+MEASURED = {"latency_ms", "seconds", "versions", "checkpoint_sha256", "sha256_of_all_above"}
 
 
 # ------------------------------------------------------------------------------- running, killing
