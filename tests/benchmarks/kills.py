@@ -83,6 +83,7 @@ def as_script(script, more, folder):
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [script, *map(str, (*words, *more))]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & would have it ignored
     cli.run(main)
 
 
