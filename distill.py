@@ -9,6 +9,7 @@ Reads   runs/ensemble/ and the pictures it was made from; no teacher is loaded
 Writes  runs/student/best.pt, last.pt, log.csv
         runs/student/student.ts        TorchScript: uint8 pictures in, class probabilities out
         runs/student/student.int8.ts   the same in 8 bits: a quarter of the size, and faster
+        runs/student/student.onnx, student.int8.onnx   with --onnx, for devices without torch
 Next    evaluate.py, infer.py
 
     loss = (1 - alpha) CE(s, y) + alpha T^2 KL(ensemble at T || student at T)
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, distributed, export, folders, models, splits, training
+from common import cli, distributed, export, folders, models, onnx_file, splits, training
 from common.ensemble import CachedLogits, load_ensemble
 from common.errors import UserError
 from common.files import file_sha256
@@ -76,6 +77,8 @@ def parse_arguments():
     g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
                    help="points of validation accuracy that student.int8.ts may lose, or one "
                    "picture; else it is not written")
+    g.add_argument("--onnx", action="store_true",
+                   help="write both files as ONNX too (needs onnx, onnxscript and onnxruntime)")
     cli.add_reading_flags(p)
     return p.parse_args()
 
@@ -85,6 +88,8 @@ def main():
     watch, args = cli.Stopwatch(), parse_arguments()
     output = Path(args.output)
     distributed.check_batch(args.batch_size)
+    if args.onnx:
+        onnx_file.require_packages()
     training.check_run_folder(output, args.resume, args.overwrite)
     with distributed.hold(output):
         distil(output, args, watch)
@@ -191,7 +196,7 @@ def describe(labelled, everything, cache, epochs):
 
 
 def export_best(output, pictures, val, ensemble, args):
-    """Export best.pt as student.ts and student.int8.ts."""
+    """Export best.pt as student.ts and student.int8.ts, and as ONNX where that is asked for."""
     student, state = models.load_model(output / "best.pt", torch.device("cpu"))
     recipe = ViewRecipe.from_record(ensemble["view_recipe"])
     order = np.random.default_rng(args.seed).permutation(len(pictures))
@@ -217,7 +222,7 @@ def export_best(output, pictures, val, ensemble, args):
     false_alarm = args.max_false_alarm_rate
     miss = None if false_alarm else args.max_miss_rate
     limits = export.Limits(miss, false_alarm, args.max_int8_drop)
-    export.export_student(student, val, views(), facts, limits, output)
+    export.export_student(student, val, views, facts, limits, output, args.onnx)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Judge pictures with the exported student alone: this file and student.ts are all a device needs.
+"""Judge pictures with the exported student alone: this file and that one are all a device needs.
 
     python infer.py --model runs/student/student.ts picture.jpg folder_of_pictures 'shots/*.png'
     python infer.py --watch /mnt/camera --json           # what a camera drops there, each once
     python infer.py --heatmap overlays data/fasteners/test/scratched
     python infer.py --info                               # what the file says about itself
+    python infer.py --model student.onnx shots/          # the same on a device without torch
 
-Needs torch, numpy and Pillow. Prints a line per picture: path, class, probability, and PASS, REJECT
-or REVIEW where the file holds a threshold on the defect score 1 - p(good class). What cannot be
-printed is escaped as in a Python string (\\n, \\x1b, \\udcff; a backslash as \\\\); in --csv a path
-that a spreadsheet would take for a formula (=1+1.png) gets ./ in front. Exit status 2 when nothing
-could be done (wrong usage, no model, a full disk), 1 when some pictures could not be read.
+Needs numpy, Pillow and torch, or for an .onnx file onnxruntime in its place. Prints a line per
+picture: path, class, probability, and PASS, REJECT or REVIEW where the file holds a threshold on
+the defect score 1 - p(good class). What cannot be printed is escaped as in a Python string (\\n,
+\\x1b, \\udcff; a backslash as \\\\); in --csv a path that a spreadsheet would take for a formula
+(=1+1.png) gets ./ in front. Exit status 2 when nothing could be done (wrong usage, no model, a full
+disk), 1 when some pictures could not be read.
 
 A .ts file is a program, and loading it runs it: load only files you trust. --sha256 HEX refuses
 every file but the one that distill.py printed HEX for.
@@ -26,26 +28,31 @@ import re
 import sys
 import time
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from timeit import repeat
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # `resize` multiplies matrices too small to share
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
 BAND = 128  # rows that are converted at a time
-SCHEMA = 3  # of the exported file, as in common/export.py
+SCHEMA = 4  # of the exported file, as in common/export.py
+SEALS = {".ts": 95, ".onnx": 89}  # bytes at a file's end that hold the sha256 of all before them
+BLOCK = 4  # rows that `resize` makes at a time
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; age at which an unreadable file is bad
 CONTROLS = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069"  # and direction marks
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
+# Of `explain`: places per side that are covered in turn; radius of a cover, as a share of half the
+# side; px per side that what is under a cover is reduced to; nats that count as full evidence.
+PLACES, COVER, BLUR, FULL_HEAT = 8, 0.3, 4, 2.0
 warnings.filterwarnings("ignore", message=".*torch.jit")  # TorchScript is deprecated upstream
 warnings.filterwarnings("ignore", module="PIL")  # a picture is read, or reported in one line
 
@@ -110,49 +117,180 @@ def pictures_below(folder, above=()):
             yield path
 
 
-def load_student(path, sha256=None):
-    """(module, metadata) of a student.ts, made ready: compiled, or on the fastest int8 engine."""
-    if not Path(path).is_file():
+# ------------------------------------------------------------------------------------- the student
+
+
+def load_student(path, sha256=None, threads=None):
+    """(student, metadata) of an exported file; ends the program with one line for any other.
+
+    student: uint8 pictures [H, W, 3] or [B, H, W, 3] -> probabilities, float32 [B, K].
+    """
+    path = Path(path)
+    if not path.is_file():
         fail(f"{path}: no such file; distill.py writes it")
-    data = Path(path).read_bytes()  # once, so that what is loaded is what was checked
+    data = path.read_bytes()  # once, so that what is loaded is what was checked
     found = hashlib.sha256(data).hexdigest()
     if sha256 and found != sha256.lower():
         fail(f"{path}: its sha256 is {found}, not {sha256}; copy the file again")
-    module, metadata = load(path, data)
-    frame = torch.zeros(metadata["view_size"], metadata["view_size"], 3, dtype=torch.uint8)
+    try:
+        load = load_onnx if path.suffix == ".onnx" else load_torchscript
+        student, metadata, runtime = load(data, threads)
+        check(student, metadata)
+        return student, {**metadata, "runtime": runtime}
+    except ModuleNotFoundError as error:
+        fail(f"{path}: needs {error.name}, which is not installed; pip install {error.name}")
+    except Exception:  # of many kinds
+        name = "student.onnx" if path.suffix == ".onnx" else "student.ts"
+        fail(f"{path}: not a {name} of this version, or damaged; export it again (distill.py)")
+
+
+def load_torchscript(data, threads):
+    """(student, metadata, runtime) of a .ts file: compiled, or on the fastest int8 engine."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # int8 is deprecated upstream as well
+    import torch
+
+    check_seal(data, SEALS[".ts"])
+    if threads:
+        torch.set_num_threads(threads)
+    runtime = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+    def load():
+        extra = {"metadata.json": ""}
+        module = torch.jit.load(io.BytesIO(data), map_location="cpu", _extra_files=extra)
+
+        @torch.inference_mode()
+        def student(pictures):
+            return module(torch.from_numpy(pictures)).numpy()
+
+        return student, json.loads(extra["metadata.json"])
+
+    student, metadata = load()
+    frame = np.zeros((metadata["view_size"], metadata["view_size"], 3), np.uint8)
     if metadata["precision"] == "float32":
         torch.jit.enable_onednn_fusion(torch.backends.mkldnn.is_available())  # a quarter faster
         for _ in range(3):  # the first call is looked at and the second compiled
-            module(frame)
-        return module, metadata
+            student(frame)
+        return student, metadata, runtime
 
     engines = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    modules, seconds = {}, {}
+    students, seconds = {}, {}
     for name in engines:  # a file is packed for an engine while it is loaded
         torch.backends.quantized.engine = name
-        modules[name] = load(path, data)[0]
-        seconds[name] = min(repeat(partial(modules[name], frame), number=1, repeat=6))
+        students[name] = load()[0]
+        seconds[name] = min(repeat(partial(students[name], frame), number=1, repeat=6))
     torch.backends.quantized.engine = best = min(seconds, key=seconds.get)
-    return modules[best], {**metadata, "engine": best}
+    return students[best], metadata, f"{runtime}, engine {best}"
 
 
-def load(path, data):
-    """(module, metadata) from a file's bytes; ends the program with one line for a foreign file."""
-    extra = {"metadata.json": ""}
-    try:
-        if zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch does not compare the checksums
-            raise ValueError("damaged")
-        module = torch.jit.load(io.BytesIO(data), map_location="cpu", _extra_files=extra)
-        metadata = json.loads(extra["metadata.json"])
-        known = metadata["schema"] == SCHEMA and metadata["precision"] in ("float32", "int8")
-        if not known or not metadata["white_level"] > 0:
-            raise ValueError("foreign")
-        side = metadata["view_size"]
-        Judge(module, metadata)(Path(), np.zeros((side, side, 3), np.uint8))  # wrong types fail
-        json.dumps(metadata, indent=1)  # what is nested too deep for --info fails
-        return module, metadata
-    except Exception:  # of many kinds
-        fail(f"{path}: not a student.ts of this version, or damaged; export it again (distill.py)")
+def load_onnx(data, threads):
+    """(student, metadata, runtime) of an .onnx file, on ONNX Runtime."""
+    import onnxruntime
+
+    check_seal(data, SEALS[".onnx"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads = threads or os.cpu_count()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map["metadata.json"])
+    side = metadata["view_size"]
+
+    def student(pictures):
+        pictures = pictures if pictures.ndim == 4 else pictures[None]
+        frames = np.stack([resize(picture, side) for picture in pictures])
+        return session.run(None, {"pictures": frames})[0]
+
+    return student, metadata, f"onnxruntime {onnxruntime.__version__}, {threads} threads"
+
+
+def check_seal(data, size):
+    """Raise ValueError unless the last `size` bytes hold the sha256 of all before them."""
+    if hashlib.sha256(data[:-size]).hexdigest().encode() not in data[-size:]:
+        raise ValueError("damaged")
+
+
+def check(student, metadata):
+    """Raise an exception of some kind for a file that is not of this version."""
+    known = metadata["schema"] == SCHEMA and metadata["precision"] in ("float32", "int8")
+    if not known or not metadata["white_level"] > 0:
+        raise ValueError("foreign")
+    side = metadata["view_size"]
+    Judge(student, metadata)(Path(), np.zeros((side, side, 3), np.uint8))  # wrong types fail
+    json.dumps(metadata, indent=1)  # what is nested too deep for --info fails
+
+
+def resize(picture, side):
+    """uint8 [H, W, 3] -> [side, side, 3], with the very bytes of common.images.resize."""
+    if picture.shape[:2] == (side, side):
+        return picture
+    rows = picture.reshape(len(picture), -1)
+    across = [to_bytes(rows[:, a:b] @ m.T) for m, a, b in mixing(picture.shape[1], side, 3)]
+    rows = np.concatenate(across, axis=1)
+    down = [to_bytes(m @ rows[a:b]) for m, a, b in mixing(picture.shape[0], side, 1)]
+    return np.concatenate(down).reshape(side, side, 3)
+
+
+def to_bytes(values):
+    """Numbers from 0 to 255 as uint8, rounded, halves up."""
+    return (values + np.float32(0.5)).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def mixing(size, side, channels):
+    """What `resize` mixes along one axis: [(matrix, first, last)], BLOCK of its pixels each.
+
+    matrix @ pixels[first:last] gives them. Weights are those of torch's antialiased "bilinear" for
+    integers: a triangle as wide as two pixels of the smaller picture, rounded to fractions of
+    2**bits that fit in 15 bits. Sums of them are exact in float32 up to 16 bits.
+    """
+    scale = size / side
+    reach = max(scale, 1.0)
+    centre = scale * (np.arange(side) + 0.5)[:, None]
+    first = np.maximum(centre - reach + 0.5, 0).astype(int)
+    last = np.minimum(centre + reach + 0.5, size).astype(int)
+    pixel = np.arange(size)
+    weights = np.maximum(1 - np.abs(pixel + 0.5 - centre) / reach, 0)
+    weights *= (pixel >= first) & (pixel < last)
+    weights /= weights.sum(1, keepdims=True)
+    bits = min(22, int(np.log2((2**15 - 0.5) / weights.max())))
+    weights = (np.floor(weights * 2**bits + 0.5) / 2**bits).astype("f4" if bits <= 16 else "f8")
+    parts = []
+    for some in np.split(np.arange(side), range(BLOCK, side, BLOCK)):
+        a, b = first[some[0], 0], last[some[-1], 0]
+        matrix = np.kron(weights[some, a:b], np.eye(channels, dtype=weights.dtype))
+        parts.append((matrix, a * channels, b * channels))
+    return parts
+
+
+def explain(student, frame, good):
+    """Evidence, float [8, 8] in 0..1, of one uint8 [S, S, 3] picture at the view size.
+
+    It is how much covering each place weakens the likeliest defect, the likeliest class that is not
+    number `good` (None for none): each place in turn is blurred away, softly, and the change of
+    log p(defect) - log p(good) counts (occlusion, Zeiler and Fergus 2014). Weak evidence stays
+    below 1. Costs 64 more pictures through the student.
+    """
+    side = len(frame)
+    small = Image.fromarray(frame).resize((BLUR, BLUR), Image.Resampling.BOX)
+    blurred = np.asarray(small.resize((side, side), Image.Resampling.BILINEAR), np.float32)
+
+    # Every cover is the product of a row's and a column's bell curve: [64, S, S, 1].
+    pixel = (np.arange(side, dtype=np.float32) * 2 + 1) / side - 1
+    place = (np.arange(PLACES, dtype=np.float32) * 2 + 1) / PLACES - 1
+    near = np.exp(-(((pixel - place[:, None]) / COVER) ** 2))
+    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, side, side, 1)
+
+    answers = [student(frame[None])]
+    for part in np.split(covers, 4):  # 16 at once
+        answers.append(student(np.rint(frame + part * (blurred - frame)).astype(np.uint8)))
+    log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))
+    candidates = log_p[0].copy()
+    if good is not None:
+        candidates[good] = -np.inf
+    lead = log_p[:, candidates.argmax()] - (0 if good is None else log_p[:, good])
+    weakened = np.maximum(lead[0] - lead[1:], 0).reshape(PLACES, PLACES)
+    return weakened / max(weakened.max(), FULL_HEAT)
+
+
+# ------------------------------------------------------------------------------------ the verdicts
 
 
 class Judge:
@@ -160,7 +298,8 @@ class Judge:
 
     def __init__(self, student, metadata, review_band=None, heatmaps=None):
         """heatmaps: folder that the evidence is drawn into where a picture does not pass."""
-        self.student, self.classes = student, [printable(name) for name in metadata["classes"]]
+        self.student, self.side = student, metadata["view_size"]
+        self.classes = [printable(name) for name in metadata["classes"]]
         good, point = metadata["good_class"], metadata["operating_point"]
         self.good = metadata["classes"].index(good) if good else None
         self.heatmaps = heatmaps
@@ -171,7 +310,7 @@ class Judge:
         named = printable(path.as_posix())
         if isinstance(picture, Exception):
             return {"path": named, "error": printable(picture) or type(picture).__name__}
-        p = self.student(torch.from_numpy(picture))[0].tolist()
+        p = self.student(picture)[0].tolist()
         score = None if self.good is None else 1.0 - p[self.good]
         verdict = {
             "path": named,
@@ -191,7 +330,7 @@ class Judge:
 
     def draw(self, verdict, path, picture):
         """Write the picture with red over what speaks for the likeliest defect."""
-        evidence = self.student.explain(torch.from_numpy(picture))[1].numpy()
+        evidence = explain(self.student, resize(picture, self.side), self.good)
         size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
         image = Image.fromarray(picture).resize(size)
         mask = Image.fromarray((evidence * OPACITY).astype(np.uint8))
@@ -317,13 +456,13 @@ def read_judged(log):
     return judged, whole
 
 
-def benchmark(judge, times=500, height=480, width=640):
+def benchmark(judge, runtime, times=500, height=480, width=640):
     """Print how long a frame takes on this device, from uint8 pixels to the decision."""
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     seconds = repeat(partial(judge, Path("frame"), frame), number=1, repeat=times)
     p50, p95, p99 = 1e3 * np.percentile(seconds[10:], (50, 95, 99))  # the first ones warm up
-    threads = f"{torch.get_num_threads()} threads, {width} x {height} frame to decision"
-    print(f"{threads}: p50 {p50:.2f} ms, p95 {p95:.2f} ms, p99 {p99:.2f} ms (n = {times - 10})")
+    print(f"{runtime}, {width} x {height} frame to decision: "
+          f"p50 {p50:.2f} ms, p95 {p95:.2f} ms, p99 {p99:.2f} ms (n = {times - 10})")
 
 
 def parse_arguments():
@@ -331,7 +470,8 @@ def parse_arguments():
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.add_argument("pictures", nargs="*", default=["data/fasteners/test"], metavar="PICTURE",
                    help="files, patterns or folders (default: the embedded test set)")
-    p.add_argument("--model", default="runs/student/student.ts", help="default: %(default)s")
+    p.add_argument("--model", default="runs/student/student.ts", metavar="FILE",
+                   help="a .ts or .onnx of distill.py (default: %(default)s)")
     p.add_argument("--sha256", metavar="HEX", help="refuse a model with another sha256")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="an object per line, all probabilities")
@@ -351,18 +491,15 @@ def parse_arguments():
     return args
 
 
-@torch.inference_mode()
 def main():
     args = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    student, metadata = load_student(args.model, args.sha256)
+    student, metadata = load_student(args.model, args.sha256, args.threads)
     if args.review_band and not metadata["operating_point"]:
         fail(f"{args.model}: holds no threshold for --review-band; export it with a --good-class")
     if args.info:
         return print(json.dumps(metadata, indent=1))
     if args.benchmark:
-        return benchmark(Judge(student, metadata, args.review_band))
+        return benchmark(Judge(student, metadata, args.review_band), metadata["runtime"])
 
     judge = Judge(student, metadata, args.review_band, args.heatmap)
     report = partial(show, as_json=args.json, as_csv=args.csv)

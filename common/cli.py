@@ -21,7 +21,7 @@ from common.images import WHITE_LEVEL, DecodedCache
 FREE_ON_RESUME = {
     "resume", "overwrite", "epochs", "device", "workers", "skip_bad", "output", "data_dir",
     "unlabelled", "model", "weights", "good_class", "max_miss_rate", "max_false_alarm_rate",
-    "max_int8_drop",
+    "max_int8_drop", "onnx",
 }
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 CACHE = "runs/decoded"  # folder of the decoded pictures

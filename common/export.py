@@ -1,4 +1,4 @@
-"""The exported student: one TorchScript file, uint8 pictures in, probabilities and evidence out.
+"""The exported student: one TorchScript file, uint8 pictures in, probabilities out.
 
 TorchScript and FX quantisation are deprecated upstream (both warn), so all of it lives here.
 """
@@ -7,7 +7,7 @@ import copy
 import json
 import warnings
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
+from common import onnx_file
 from common.calibration import fit_temperature
 from common.errors import UserError, first_line
 from common.files import check_seal, file_sha256, sealed, versions
 from common.metrics import score
 from common.threshold import choose_threshold, describe
 
-SCHEMA = 3
+SCHEMA = 4
+FILES = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
 TOLERANCE = 1e-4  # of a probability, between the eager model and the file
 BATCH = 64
 
@@ -34,19 +36,11 @@ class Deployed(nn.Module):
     common.images.resize, operator for operator, so that a device sees what training saw.
     """
 
-    # Of `explain`.
-    places: Final[int] = 8  # per side that are covered in turn
-    cover: Final[float] = 0.3  # radius of a cover, as a share of half the side
-    blur: Final[int] = 4  # px per side that what is under a cover is reduced to
-    at_once: Final[int] = 16  # covered pictures in one pass
-    full_heat: Final[float] = 2.0  # nats that a cover must take from the defect to count as 1
-
-    def __init__(self, classifier, trunk, view_size: int, temperature: float, good: int):
+    def __init__(self, classifier, trunk, view_size: int, temperature: float):
         """trunk: normalised pixels -> features [B, C, h, w], in float32 or int8; the head stays in
-        float32. good: number of the class that is no defect, -1 for none."""
+        float32."""
         super().__init__()
         self.trunk, self.view_size, self.img_size = trunk, view_size, classifier.img_size
-        self.good = good
         head = classifier.backbone.fc
         self.register_buffer("mean", classifier.mean.clone())
         self.register_buffer("std", classifier.std.clone())
@@ -77,39 +71,6 @@ class Deployed(nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """float32 [B, K], rows summing to 1."""
         return F.softmax(self.logits(self.frames(pictures)), dim=1)
-
-    @torch.jit.export
-    def explain(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(probabilities [1, K], evidence [8, 8] in 0..1) of one picture.
-
-        The evidence is how much covering each place weakens the likeliest defect, the likeliest
-        class that is not the good one: each place in turn is blurred away, softly, and the change
-        of log p(defect) - log p(good) counts (occlusion, Zeiler and Fergus 2014). Weak evidence
-        stays below 1. Costs 64 more pictures through the student.
-        """
-        frame, side = self.frames(picture), [self.view_size, self.view_size]
-        small = F.interpolate(frame.float(), size=[self.blur, self.blur], mode="area")
-        blurred = F.interpolate(small, size=side, mode="bilinear")
-
-        # Every cover is the product of a row's and a column's bell curve: [64, 1, S, S].
-        pixel = (torch.arange(self.view_size) * 2 + 1) / self.view_size - 1
-        place = (torch.arange(self.places) * 2 + 1) / self.places - 1
-        near = torch.exp(-((pixel - place[:, None]) / self.cover).square())
-        covers = (near[:, None, :, None] * near[None, :, None, :]).flatten(0, 1)[:, None]
-        covered = (frame + covers * (blurred - frame)).round().to(torch.uint8)
-
-        answers = [self.forward(frame)]
-        for part in covered.split(self.at_once):
-            answers.append(self.forward(part))
-        log_p = torch.cat(answers).clamp(min=1e-9).log()
-        candidates = log_p[0].clone()
-        if self.good >= 0:
-            candidates[self.good] = -float("inf")
-        lead = log_p[:, int(candidates.argmax())]
-        if self.good >= 0:
-            lead = lead - log_p[:, self.good]
-        weakened = (lead[0] - lead[1:]).clamp(min=0.0).view(self.places, self.places)
-        return answers[0], weakened / weakened.max().clamp(min=self.full_heat)
 
 
 def float_trunk(classifier):
@@ -147,20 +108,18 @@ class Limits:
     max_int8_drop: float
 
 
-def export_student(student, val, views, facts, limits, folder):
+def export_student(student, val, views, facts, limits, folder, onnx=False):
     """Write student.ts and, where that loses little, student.int8.ts: each calibrated on val.
 
     student: a ResNet18 `Classifier` on the CPU, in evaluation mode; val: pictures with `labels`
-    int64 [N] and `batch(indices)` -> uint8 [B, S, S, 3]; views: iterable of training views, float
-    [B, 3, S, S] in [0, 255], that int8 ranges are measured on; facts: what the metadata says beside
-    measurements, with view_size, classes and good_class (or None); limits: `Limits`.
+    int64 [N] and `batch(indices)` -> uint8 [B, S, S, 3]; views: function that yields training
+    views, float [B, 3, S, S] in [0, 255], that int8 ranges are measured on; facts: what the
+    metadata says beside measurements, with view_size, classes and good_class (or None); limits:
+    `Limits`; onnx: whether to write student.onnx and student.int8.onnx too.
     """
-    float_file, int8_file = folder / "student.ts", folder / "student.int8.ts"
-    float_file.unlink(missing_ok=True)  # so that the two are always of one export
-    int8_file.unlink(missing_ok=True)
-
-    trunk = float_trunk(student)
-    float_logits = logits_of(student, trunk, val, facts["view_size"])
+    for name in FILES:  # so that all are always of one export
+        (folder / name).unlink(missing_ok=True)
+    side, labels = facts["view_size"], val.labels
     facts = {
         **facts,
         "parameters": sum(p.numel() for p in student.parameters()),
@@ -168,68 +127,104 @@ def export_student(student, val, views, facts, limits, folder):
         "std": student.std.flatten().tolist(),
         "img_size": student.img_size,
     }
-    logits = (float_logits, val.labels)
-    write(student, trunk, logits, {**facts, "precision": "float32"}, limits, float_file)
 
-    trunk = int8_trunk(student, views)
-    int8_logits = logits_of(student, trunk, val, facts["view_size"])
+    trunk = float_trunk(student)
+    float_logits = logits_of(student, trunk, val, side)
+    metadata = measured(float_logits, labels, {**facts, "precision": "float32"}, limits)
+    deployed = Deployed(student, trunk, side, metadata["temperature"])
+    save_torchscript(deployed, metadata, folder / "student.ts")
+    announce(folder / "student.ts", metadata)
+    if onnx:
+        onnx_file.save(onnx_file.graph_of(deployed), metadata, folder / "student.onnx", deployed)
+        announce(folder / "student.onnx", metadata)
+
+    path, facts = folder / "student.int8.ts", {**facts, "precision": "int8"}
+    trunk = int8_trunk(student, views())
+    logits = logits_of(student, trunk, val, side)
+    loss = loss_of_int8(float_logits, logits, labels)
+    if may_be_written(path, loss, len(labels), limits):
+        metadata = measured(logits, labels, {**facts, **loss}, limits)
+        deployed = Deployed(student, trunk, side, metadata["temperature"])
+        save_torchscript(deployed, metadata, path)
+        announce(path, metadata)
+    if onnx:
+        path = folder / "student.int8.onnx"
+        graph = onnx_file.graph_of(Deployed(student, float_trunk(student), side, temperature=1.0))
+        graph = onnx_file.quantised(graph, views())
+        logits = onnx_file.logits_of(graph, val)
+        loss = loss_of_int8(float_logits, logits, labels)
+        if may_be_written(path, loss, len(labels), limits):
+            metadata = measured(logits, labels, {**facts, **loss}, limits)
+            onnx_file.set_temperature(graph, metadata["temperature"])
+            onnx_file.save(graph, metadata, path)
+            announce(path, metadata)
+
+
+def loss_of_int8(float_logits, int8_logits, labels):
+    """{"int8_drop": points of accuracy, "int8_disagreement": share of decisions} on validation."""
     decisions, its_own = float_logits.argmax(1), int8_logits.argmax(1)
-    lost = int((decisions == val.labels).sum() - (its_own == val.labels).sum())
-    drop, differ = 100 * lost / len(val.labels), float((decisions != its_own).float().mean())
+    lost = int((decisions == labels).sum() - (its_own == labels).sum())
+    differ = float((decisions != its_own).float().mean())
+    return {"int8_drop": 100 * lost / len(labels), "int8_disagreement": differ}
+
+
+def may_be_written(path, loss, n, limits):
+    """Print what an int8 file loses of n validation pictures; whether that is little enough."""
+    drop = loss["int8_drop"]
+    lost = round(drop * n / 100)
     print(
-        f"int8: {drop:+.1f} points of val accuracy lost ({lost} of {len(val.labels)} pictures), "
-        f"{100 * differ:.1f} % of val decisions differ"
+        f"{path}: {drop:+.1f} points of val accuracy lost ({lost} of {n} pictures), "
+        f"{100 * loss['int8_disagreement']:.1f} % of val decisions differ from float32's"
     )
-    if lost > 1 and drop > limits.max_int8_drop:  # a single picture is chance
-        print(
-            f"{int8_file} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
-            f"use {float_file} or allow a larger drop"
-        )
-        return
-    facts = {**facts, "precision": "int8", "int8_drop": drop, "int8_disagreement": differ}
-    write(student, trunk, (int8_logits, val.labels), facts, limits, int8_file)
+    if lost <= 1 or drop <= limits.max_int8_drop:  # a single picture is chance
+        return True
+    print(
+        f"{path} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
+        "use the float32 file or allow a larger drop"
+    )
+    return False
 
 
 @torch.inference_mode()
 def logits_of(student, trunk, pictures, view_size):
     """float32 [N, K]: what the file with this trunk will say of pictures, before calibration."""
-    deployed = Deployed(student, trunk, view_size, temperature=1.0, good=-1)
+    deployed = Deployed(student, trunk, view_size, temperature=1.0)
     rows = np.arange(len(pictures.labels))
     batches = np.split(rows, range(BATCH, len(rows), BATCH))
     return torch.cat([deployed.logits(deployed.frames(pictures.batch(b))) for b in batches])
 
 
-def write(student, trunk, validation, facts, limits, path):
-    """Calibrate, choose a threshold, write one file and say what it does on validation.
+def measured(logits, labels, facts, limits):
+    """The metadata of a file: facts, and temperature, threshold and accuracy on validation.
 
-    validation: (logits float [N, K], labels int64 [N]).
+    logits: float [N, K], what the file says before calibration; labels: int64 [N].
     """
-    logits, labels = validation
     temperature = fit_temperature(logits, labels)
     probabilities = torch.softmax(logits / temperature, dim=1)
     metrics = score(probabilities, labels)
     good = facts["classes"].index(facts["good_class"]) if facts["good_class"] else -1
-    point = operating_point(probabilities, labels, good, limits)
     kept = ("accuracy", "accuracy_interval", "balanced_accuracy", "nll", "ece", "n")
-    metadata = {
+    return {
         "schema": SCHEMA,
         **facts,
         "temperature": temperature,
-        "operating_point": point,
+        "operating_point": operating_point(probabilities, labels, good, limits),
         "validation": {key: metrics[key] for key in kept},
         "versions": versions(),
     }
-    save_torchscript(
-        Deployed(student, trunk, facts["view_size"], temperature, good), metadata, path
-    )
+
+
+def announce(path, metadata):
+    """Say of a file that was written what it does on validation."""
+    metrics, point = metadata["validation"], metadata["operating_point"]
     print(
         f"{path}: val accuracy {metrics['accuracy']:.3f}, balanced "
         f"{metrics['balanced_accuracy']:.3f}, NLL {metrics['nll']:.3f}, "
-        f"temperature {temperature:.2f}, {path.stat().st_size / 1e6:.1f} MB"
+        f"temperature {metadata['temperature']:.2f}, {path.stat().st_size / 1e6:.1f} MB"
     )
     print(f"{path}: sha256 {file_sha256(path)}")
     if point:
-        print(describe(point, facts["good_class"]))
+        print(describe(point, metadata["good_class"]))
 
 
 def operating_point(probabilities, labels, good, limits):
@@ -245,7 +240,7 @@ def save_torchscript(deployed, metadata, path):
     """Write a `Deployed` as TorchScript with metadata.json inside.
 
     Refuses (RuntimeError, no file) when the file, loaded again, differs from the eager model by
-    more than TOLERANCE in a probability, on pictures of three shapes, or in an explanation.
+    more than TOLERANCE in a probability, on pictures of three shapes.
     """
     side = deployed.img_size
     with warnings.catch_warnings(), torch.no_grad():
@@ -254,7 +249,7 @@ def save_torchscript(deployed, metadata, path):
         traced = copy.deepcopy(deployed).eval()
         traced.trunk = torch.jit.trace(deployed.trunk, torch.zeros(1, 3, side, side))
         scripted = torch.jit.script(traced)
-        frozen = torch.jit.freeze(scripted, preserved_attrs=["explain"])
+        frozen = torch.jit.freeze(scripted)
         extra = {"metadata.json": json.dumps(metadata, indent=1)}
         with sealed(path) as file:
             torch.jit.save(frozen, file, _extra_files=extra)
@@ -268,32 +263,41 @@ def check_parity(eager, exported):
     side = eager.view_size
     for shape in ((side, side, 3), (2, 3 * side // 2, side + 5, 3), (2, 3, side - 7, 2 * side)):
         pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        pairs = [(eager(pictures), exported(pictures))]
-        if len(shape) == 3:
-            pairs += zip(eager.explain(pictures), exported.explain(pictures))
-        for expected, found in pairs:
-            gap = float((expected - found).abs().max())
-            if not gap <= TOLERANCE:
-                raise RuntimeError(
-                    f"the exported model differs from the eager one by {gap:.1e} on {list(shape)}; "
-                    "nothing was written"
-                )
+        gap = float((eager(pictures) - exported(pictures)).abs().max())
+        if not gap <= TOLERANCE:
+            raise RuntimeError(
+                f"the exported model differs from the eager one by {gap:.1e} on {list(shape)}; "
+                "nothing was written"
+            )
 
 
 def load_exported(path):
-    """(TorchScript module, metadata) of an exported file. Raises UserError for a foreign one."""
-    extra = {"metadata.json": ""}
+    """(student, metadata) of an exported file. Raises UserError for a foreign or damaged one.
+
+    student: uint8 tensor [B, S, S, 3] at the view size -> probabilities, float32 [B, K].
+    """
+    onnx = Path(path).suffix == ".onnx"
+    if onnx:
+        onnx_file.require_packages(["onnxruntime"])
     try:
-        check_seal(path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.jit")
-            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
-        metadata = json.loads(extra["metadata.json"])
+        student, text = onnx_file.load(path) if onnx else load_torchscript(path)
+        metadata = json.loads(text)
         if metadata.get("schema") != SCHEMA:
             raise ValueError(f"schema {metadata.get('schema')} instead of {SCHEMA}")
-    except (UserError, RuntimeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of many kinds
         reason = first_line(error, 300).removeprefix(f"{path}: ").removesuffix("; make it again")
+        name = "student.onnx" if onnx else "student.ts"
         raise UserError(
-            f"{path}: not a student.ts of this project ({reason}); export it with distill.py"
+            f"{path}: not a {name} of this project ({reason}); export it with distill.py"
         ) from None
-    return module, metadata
+    return student, metadata
+
+
+def load_torchscript(path):
+    """(TorchScript module, metadata as text) of a .ts file."""
+    check_seal(path)
+    extra = {"metadata.json": ""}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit")
+        module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+    return module, extra["metadata.json"]

@@ -20,7 +20,8 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy")
 # What a sealed file ends with. It is the end of a JSON object, so that JSON stays JSON; numpy,
 # torch and zip files are read as before, since their readers do not look behind their data.
 SEAL = ',\n "sha256_of_all_above": "{}"\n}}\n'
-SEAL_BYTES = len(SEAL.format("0" * 64))
+# The same as an entry of metadata in the format of ONNX, which is its file's last.
+ONNX_SEAL = "r\x57\n\x13sha256_of_all_above\x12@{}"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota, largest size of a file
 
 
@@ -131,13 +132,13 @@ class HashedFile:
 
 
 @contextmanager
-def sealed(path):
+def sealed(path, seal=SEAL):
     """Yield a `HashedFile` to write `path` with, whole or not at all; it ends with its sha256."""
     with atomic_path(path) as temporary, open(temporary, "wb") as raw:
         file = HashedFile(raw)
         try:
             yield file
-            file.write(SEAL.format(file.digest.hexdigest()).encode())
+            file.write(seal.format(file.digest.hexdigest()).encode())
             raw.truncate()  # what was reserved and not needed
         except Exception:
             if file.error:
@@ -145,7 +146,7 @@ def sealed(path):
             raise
 
 
-def check_seal(path):
+def check_seal(path, seal=SEAL):
     """Raise a UserError unless every byte of a sealed file is the one written.
 
     Returns the sha256 of the whole file, as `file_sha256` does; costs about a second per GB.
@@ -154,16 +155,16 @@ def check_seal(path):
         raise UserError(f"{path}: no such file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size - SEAL_BYTES
+        left = os.fstat(file.fileno()).st_size - len(seal.format("0" * 64))
         while left > 0 and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
             left -= len(block)
-        seal = file.read()
-    if seal == SEAL.format(digest.hexdigest()).encode():
-        digest.update(seal)
+        found = file.read()
+    if found == seal.format(digest.hexdigest()).encode():
+        digest.update(found)
         return digest.hexdigest()
-    head = SEAL.split("{}")[0].encode()
-    if seal.startswith(head):
+    head = seal.split("{}")[0].encode()
+    if found.startswith(head):
         raise UserError(f"{path}: damaged (its sha256 differs); make it again")
     raise UserError(
         f"{path}: cut off, or not of this version of the project (no sha256 at its end); "

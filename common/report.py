@@ -19,6 +19,7 @@ from common.errors import first_line
 from common.export import load_exported
 from common.files import atomic_path
 from common.threshold import wilson
+from infer import explain
 
 SHOWN = 12  # pictures of each kind
 NEAR = 0.8  # share of the best model's way up from chance that makes a shortcut a warning
@@ -147,7 +148,7 @@ def shortcut_warnings(findings):
 def test_sets(findings, answers, pictures, shown):
     """{set: counts, charts and mistakes of the shown model there}."""
     model = findings["models"][shown]
-    explain = load_exported(shown)[0].explain if model["kind"] == "exported" else None
+    evidence = evidence_of(shown, model, findings["classes"])
     found = {}
     for name, each in pictures.items():
         probabilities, labels = answers[shown, name], each.labels.numpy()
@@ -161,9 +162,22 @@ def test_sets(findings, answers, pictures, shown):
             "wrong": int((probabilities.argmax(1) != labels).sum()),
             "recall_intervals": [wilson(row[k], sum(row)) for k, row in counts],
             "charts": charts,
-            "mistakes": mistakes(each, probabilities, explain),
+            "mistakes": mistakes(each, probabilities, evidence),
         }
     return found
+
+
+def evidence_of(path, model, classes):
+    """`infer.explain` of an exported file, frame -> evidence; None for another model."""
+    if model["kind"] != "exported":
+        return None
+    network, good = load_exported(path)[0], model["good_class"]
+    number = classes.index(good) if good else None
+
+    def student(frames):
+        return network(torch.from_numpy(frames)).numpy()
+
+    return lambda frame: explain(student, frame, number)
 
 
 def reliability(probabilities, labels):
@@ -193,7 +207,7 @@ def operating_curve(scores, defective, point):
     return chart("Operating curve; the dot is the file's threshold", names, lines, mark=mark)
 
 
-def mistakes(pictures, probabilities, explain):
+def mistakes(pictures, probabilities, evidence):
     """The mistakes that left the least probability to the picture's own class."""
     labels = pictures.labels.numpy()
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
@@ -201,7 +215,7 @@ def mistakes(pictures, probabilities, explain):
     return [
         {
             "image": picture(pictures, i),
-            "evidence": overlay(pictures, i, explain) if explain else None,
+            "evidence": overlay(pictures, i, evidence) if evidence else None,
             "label": int(labels[i]),
             "decision": int(probabilities[i].argmax()),
             "probability": float(probabilities[i].max()),
@@ -268,11 +282,11 @@ def picture(pictures, i):
 
 
 @torch.inference_mode()
-def overlay(pictures, i, explain):
+def overlay(pictures, i, evidence):
     """`picture`, enlarged, with red where the evidence for the likeliest defect is."""
-    pixels = pictures.batch([i])[0]
-    heat = explain(pixels)[1].numpy()
-    image = ImageOps.contain(Image.fromarray(pixels.numpy()), (480, 480))
+    frame = pictures.batch([i])[0].numpy()
+    heat = evidence(frame)
+    image = ImageOps.contain(Image.fromarray(frame), (480, 480))
     mask = Image.fromarray((heat * 160).astype(np.uint8))
     image.paste((230, 20, 20), mask=mask.resize(image.size, Image.Resampling.BICUBIC))
     return address(image)

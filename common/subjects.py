@@ -63,7 +63,7 @@ def find_models():
     found += students
     for path in students:
         if records[path]["args"]["alpha"]:  # a stand-alone student is a baseline; nobody ships it
-            found += sorted(path.parent.glob("*.ts"))
+            found += sorted(path.parent.glob("*.ts")) + sorted(path.parent.glob("*.onnx"))
     if not found:
         raise UserError("no models under runs/; train some or name their paths")
     return [path.as_posix() for path in found]
@@ -85,7 +85,7 @@ def open_subject(name):
         return Subject("ensemble", files, record, record["data"], temperatures, weights)
     if not path.is_file():
         raise UserError(f"{name}: no such file or folder")
-    if path.suffix == ".ts":  # it does not say where its pictures were
+    if path.suffix in (".ts", ".onnx"):  # it does not say where its pictures were
         return Subject("exported", [path], export.load_exported(path)[1], None, [1.0], [1.0])
     record = peek(path)
     return Subject(record["kind"], [path], record, record["data"], [1.0], [1.0])
@@ -99,7 +99,8 @@ def measure(file, subject, sets, device, batch_size):
 
         def network(pixels):
             with torch.autocast("cpu", enabled=False):  # as a device runs it
-                return module(pixels.to(torch.uint8)).clamp(min=1e-12).log()
+                frames = pixels.to(torch.uint8).permute(0, 2, 3, 1)
+                return module(frames).clamp(min=1e-12).log()
     else:
         network = models.load_model(file, device)[0]
         parameters = sum(p.numel() for p in network.parameters())

@@ -21,6 +21,7 @@ from PIL import Image
 import infer
 from common.errors import UserError
 from common.export import load_exported
+from common.files import sealed
 
 
 @pytest.fixture(scope="module")
@@ -359,10 +360,6 @@ class Foreign(torch.nn.Module):
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return torch.full((1, 3), 1 / 3)
 
-    @torch.jit.export
-    def explain(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.forward(picture), torch.zeros(8, 8)
-
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", [
@@ -376,9 +373,10 @@ def test_torchscript_with_other_metadata_is_refused_in_one_line(edge, tmp_path, 
     metadata = load_exported(edge / "student.ts")[1]
     text = json.dumps({**metadata, **change}) if isinstance(change, dict) else change
     extra = {} if text is None else {"metadata.json": text}
-    torch.jit.save(torch.jit.script(Foreign()), tmp_path / "x.ts", _extra_files=extra)
+    with sealed(tmp_path / "x.ts") as file:
+        torch.jit.save(torch.jit.script(Foreign()), file, _extra_files=extra)
     if change == {}:
-        assert infer.load_student(tmp_path / "x.ts")[1] == metadata
+        assert metadata.items() <= infer.load_student(tmp_path / "x.ts")[1].items()
     else:
         assert "not a student.ts" in refusal(tmp_path / "x.ts", capsys)
 
@@ -396,7 +394,7 @@ def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_p
             data[chance.randrange(start, len(data))] ^= 1 << chance.randrange(8)
         file.write_bytes(data)
         try:
-            assert infer.load(file, bytes(data))[1] == metadata
+            assert metadata.items() <= infer.load_student(file)[1].items()
         except SystemExit as end:
             said = capsys.readouterr().err
             assert end.code == 2 and said.count("\n") == 1 and "export it again" in said

@@ -19,7 +19,7 @@ ALONE = {  # module: (the project's modules that come along, packages it needs)
     "threshold": (set(), {"numpy"}),
     "ensemble": (FILES | {"losses"}, {"torch", "numpy"}),
     "checkpoints": (FILES, {"torch"}),
-    "export": (FILES | {"calibration", "metrics", "threshold"}, {"torch", "numpy"}),
+    "export": (FILES | {"calibration", "metrics", "onnx_file", "threshold"}, {"torch", "numpy"}),
 }
 PROBE = """
 import importlib, json, sys

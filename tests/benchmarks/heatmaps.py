@@ -14,13 +14,12 @@ A bend is not in one place, so bent parts are left out.
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench import Z, print_table
 from PIL import Image
 
 from common import cli
 from common.synthetic import CLASSES, draw
-from infer import OPACITY, RED, load_student
+from infer import OPACITY, RED, explain, load_student, resize
 
 SEED, SPLIT = 77, 0
 CHANGED = 12  # of 255, from which a pixel belongs to the defect
@@ -61,14 +60,16 @@ def overlay(picture, evidence, side):
     return image
 
 
-def explain_class(student, classes, name, count):
+def explain_class(student, metadata, name, count):
     """[(picture, evidence, defect)] of the parts of a class that the student names."""
-    found = []
+    found, good = [], metadata["good_class"]
+    good = metadata["classes"].index(good) if good else None
     for number in range(count):
         picture, defect = draw_twins(name, number)
-        probabilities, evidence = student.explain(torch.from_numpy(picture))
-        if classes[int(probabilities.argmax())] == name and defect.any():
-            found.append((picture, evidence.numpy(), defect))
+        said = metadata["classes"][int(student(picture).argmax())]
+        if said == name and defect.any():
+            evidence = explain(student, resize(picture, metadata["view_size"]), good)
+            found.append((picture, evidence, defect))
     return found
 
 
@@ -93,13 +94,12 @@ def sheet_row(picture, evidence, defect):
     return np.concatenate([np.asarray(part) for part in parts], axis=1)
 
 
-@torch.inference_mode()
 def measure(path, count):
     """Print the table of one exported student; returns what is shown on the sheet."""
     student, metadata = load_student(path)
     rows, shown = [], []
     for name in LOCAL:
-        found = explain_class(student, metadata["classes"], name, count)
+        found = explain_class(student, metadata, name, count)
         cells = score(found) if len(found) > 1 else ["", "", ""]
         rows.append([name, f"{len(found)} of {count}", *cells])
         shown += found[:SHOWN]

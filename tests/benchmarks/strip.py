@@ -10,7 +10,6 @@ likeliest defect, in pictures that do not pass (as in infer.py --heatmap). Takes
 from pathlib import Path
 
 import numpy as np
-import torch
 from heatmaps import overlay
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,7 +17,7 @@ from common import cli
 from common.errors import UserError
 from common.folders import EMBEDDED, data_folder, test_folders
 from common.splits import class_folders
-from infer import Judge, load_student, read_picture
+from infer import Judge, explain, load_student, read_picture, resize
 
 SIDE, GAP, MARGIN = 160, 12, 8  # px of a picture, between columns, around all
 LINE, LINES, BELOW = 17, 3, 14  # px of a line of text; lines under a picture; px below them
@@ -40,13 +39,12 @@ def pick(folders, classes, seed):
     return rows
 
 
-@torch.inference_mode()
 def tile(judge, file, font):
     """One picture with its verdict and its true label underneath."""
     picture = read_picture(file)
     verdict = judge(file, picture)
     decision, true = verdict["decision"], file.parent.name
-    evidence = judge.student.explain(torch.from_numpy(picture))[1].numpy()
+    evidence = explain(judge.student, resize(picture, judge.side), judge.good)
     if decision == "PASS":
         evidence = np.zeros_like(evidence)
 
