@@ -34,7 +34,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from timeit import repeat
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # `resize` multiplies matrices too small to share
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of `resize` are too small for more
 
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageOps  # noqa: E402

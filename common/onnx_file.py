@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import ONNX_SEAL, check_seal, sealed
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-QUANTISED = ["Conv", "Add", "MaxPool"]  # the head stays in float32
+QUANTISED = ["Conv", "Relu", "Add", "MaxPool"]  # the head stays in float32
 TOLERANCE = 1e-4  # of a probability, between the eager model and the file
 BATCH = 64
 
@@ -55,6 +55,7 @@ def quantised(model, views):
     """A float32 `graph_of` after static quantisation: 8-bit weights per channel, QDQ.
 
     views: iterable of float [B, 3, S, S] in [0, 255] that ranges of activations are measured on.
+    Activations are unsigned, so that a ReLU is nothing but the rounding of what comes before it.
     Weights use 7 of 8 bits ("reduce_range"): processors without VNNI add pairs of products in 16
     bits, which 8 would overflow.
     """
@@ -80,6 +81,8 @@ def quantised(model, views):
             done,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=QUANTISED,
             per_channel=True,
             reduce_range=True,

@@ -96,6 +96,18 @@ def test_infer_reads_pictures_exactly_as_training_does(monkeypatch):
             module.read_picture(files[0])
 
 
+def test_infer_resizes_to_the_very_bytes_that_training_sees():
+    rng = np.random.default_rng(0)
+    for height, width, side in (
+        (40, 48, 32), (480, 640, 64), (7, 3000, 70), (1, 1, 32), (64, 64, 64), (333, 64, 64),
+        (2000, 999, 224), (31, 130, 128),
+    ):
+        noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for picture in (noise, noise.max(0, keepdims=True).repeat(height, 0), noise | 255):
+            ours = images.resize(torch.from_numpy(picture), side).numpy()
+            assert (infer.resize(picture, side) == ours).all(), (height, width, side)
+
+
 def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsys, monkeypatch):
     root = make_set(tmp_path / "s", {"train": 4}) / "train"
     good = (root / "level" / "l000.png").read_bytes()

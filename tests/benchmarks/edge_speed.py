@@ -1,18 +1,22 @@
 """Frame to probabilities on this machine: the exported files beside what else people would use.
 
-    pip install onnx onnxruntime openvino           # for this benchmark alone; not needed
-    python tests/benchmarks/edge_speed.py --turns 10     # 2 minutes on two idle cores
+    pip install onnx onnxscript onnxruntime openvino     # for --onnx and for the other rows
+    python tests/benchmarks/edge_speed.py --turns 10     # 4 minutes on two idle cores
 
 A ResNet18 at 224 px (weights do not matter for time, so it is untrained), batch 1, a 640x480 uint8
 frame in, probabilities out, with 2 threads and with 1. All contenders take turns in one process per
 thread count; medians over all turns. The last column repeats torch's own rows with the instruction
 set capped to AVX2, as a stand-in for a small x86 box (the other runtimes do not obey that). Needs
 an idle machine: where another process takes a core, two threads wait for each other.
+
+A second table is of whole processes: from the start of infer.py to its first verdict, its largest
+memory, and the size of all packages that it needs, as they are installed here.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +24,7 @@ import tempfile
 import time
 import warnings
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,16 +35,17 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from common import cli, export, models
-from infer import load_student
+from common import cli, export, models, onnx_file
+from infer import load_student, resize
 
 SIDE, CLASSES = 224, 6
 FRAME = (480, 640, 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAPPED = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-FORMATS = {"float32": "model.onnx", "int8": "model.int8.onnx"}
-PACKAGES = ("onnx", "onnxruntime", "openvino")
-REFERENCE = "ours, student.int8.ts"
+TORCHSCRIPT, ONNX = ("student.ts", "student.int8.ts"), ("student.onnx", "student.int8.onnx")
+NEEDS = {".ts": ("torch", "numpy", "pillow"), ".onnx": ("onnxruntime", "numpy", "pillow")}
+PACKAGES = (*onnx_file.PACKAGES, "openvino")
+REFERENCE = "student.int8.ts"
 FRAMES_PER_TURN = 4  # the first of which finds cold caches, and is not counted
 
 
@@ -56,58 +62,29 @@ def untrained_student():
     return student.eval()
 
 
-def export_ours(student, views, folder):
-    """student.ts and student.int8.ts."""
+def write_files(student, folder, onnx):
+    """The product's own files: two of TorchScript and, where wanted, two of ONNX."""
+    views = [torch.rand(8, 3, SIDE, SIDE) * 255 for _ in range(4)]
     facts = {
+        "schema": export.SCHEMA,
         "classes": [str(k) for k in range(CLASSES)],
         "good_class": None,
         "operating_point": None,
         "view_size": SIDE,
         "white_level": 65535,
     }
-    trunks = {
-        "student.ts": ("float32", export.float_trunk(student)),
-        "student.int8.ts": ("int8", export.int8_trunk(student, views)),
-    }
-    for name, (precision, trunk) in trunks.items():
-        deployed = export.Deployed(student, trunk, SIDE, 1.0, -1)
-        export.save_torchscript(deployed, {**facts, "precision": precision}, folder / name)
-
-
-def export_onnx(student, views, folder):
-    """model.onnx and model.int8.onnx, quantised by ONNX Runtime on the same views."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self):
-            self.batches = iter([{"x": student.normalise(view[:1]).numpy()} for view in views])
-
-        def get_next(self):
-            return next(self.batches, None)
-
-    plain, quantised = (str(folder / name) for name in FORMATS.values())
-    example = torch.zeros(1, 3, SIDE, SIDE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter by tracing is deprecated
-        torch.onnx.export(student.backbone, example, plain, input_names=["x"], dynamo=False)
-    qdq = QuantFormat.QDQ
-    quantize_static(plain, quantised, Reader(), quant_format=qdq, per_channel=True)
+    floats, int8 = {**facts, "precision": "float32"}, {**facts, "precision": "int8"}
+    deployed = export.Deployed(student, export.float_trunk(student), SIDE, 1.0)
+    quantised = export.Deployed(student, export.int8_trunk(student, views), SIDE, 1.0)
+    export.save_torchscript(deployed, floats, folder / "student.ts")
+    export.save_torchscript(quantised, int8, folder / "student.int8.ts")
+    if onnx:
+        graph = onnx_file.graph_of(deployed)
+        onnx_file.save(onnx_file.quantised(graph, views), int8, folder / "student.int8.onnx")
+        onnx_file.save(graph, floats, folder / "student.onnx", deployed)
 
 
 # ---------------------------------------------------------------------------------- contenders
-
-
-def prepare(frame):
-    """What goes before a runtime, with Pillow and NumPy: frame -> float32 [1, 3, S, S]."""
-    small = Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    pixels = np.asarray(small, np.float32) / 255
-    normalised = (pixels - np.float32(MEAN)) / np.float32(STD)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))[None]
-
-
-def softmax(z):
-    e = np.exp(z - z.max())
-    return e / e.sum()
 
 
 def eager(student):
@@ -122,7 +99,7 @@ def eager(student):
     def run(frame):
         return torch.softmax(student.backbone(transform(frame)[None]), 1)
 
-    return {"eager float32, torchvision": run}
+    return {"eager float32, torchvision": torch.inference_mode()(run)}
 
 
 class Nothing(nn.Module):
@@ -132,44 +109,17 @@ class Nothing(nn.Module):
         return pixels.new_zeros([1, 512, 1, 1])
 
 
-def ours(student, folder):
-    """{name: function} of the exported files, and of one without the network."""
-    found = {}
-    for name in ("student.ts", "student.int8.ts"):
-        module, _ = load_student(folder / name)
-        found[f"ours, {name}"] = partial(run_module, module)
-    empty = export.Deployed(student, Nothing(), SIDE, 1.0, -1).eval()
+def all_but_the_network(student):
+    """A student.ts without its network."""
+    empty = export.Deployed(student, Nothing(), SIDE, 1.0).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit")
-        found["ours, all but the network"] = partial(run_module, torch.jit.script(empty))
-    return found
-
-
-def run_module(module, frame):
-    return module(torch.from_numpy(frame))
-
-
-def onnx_runtime(folder, threads):
-    """{name: function} of ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    found = {}
-    for precision, file in FORMATS.items():
-        session = onnxruntime.InferenceSession(
-            str(folder / file), options, providers=["CPUExecutionProvider"]
-        )
-        found[f"ONNX Runtime, {precision}"] = partial(run_session, session)
-    return found
-
-
-def run_session(session, frame):
-    return softmax(session.run(None, {"x": prepare(frame)})[0])
+        module = torch.jit.script(empty)
+    return torch.inference_mode()(lambda frame: module(torch.from_numpy(frame)))
 
 
 def openvino_runtime(folder, threads):
-    """{name: function} of OpenVINO."""
+    """{name: function} of OpenVINO, on the product's ONNX files."""
     import openvino
 
     core, found = openvino.Core(), {}
@@ -178,34 +128,88 @@ def openvino_runtime(folder, threads):
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    for precision, file in FORMATS.items():
-        compiled = core.compile_model(str(folder / file), "CPU", config)
-        found[f"OpenVINO, {precision}"] = partial(run_compiled, compiled)
+    for name in ONNX:
+        model = core.read_model(folder / name)
+        model.reshape([1, SIDE, SIDE, 3])
+        compiled = core.compile_model(model, "CPU", config)
+        found[f"OpenVINO, {name}"] = partial(run_compiled, compiled)
     return found
 
 
 def run_compiled(compiled, frame):
-    return softmax(compiled([prepare(frame)])[0])
+    return compiled([resize(frame, SIDE)[None]])[0]
 
 
 def contenders(folder, threads, own_only):
     """{name: function from a uint8 frame to probabilities}, as far as packages are there."""
     student = untrained_student()
-    views = [torch.rand(8, 3, SIDE, SIDE) * 255 for _ in range(4)]
-    export_ours(student, views, folder)
-    found = {**eager(student), **ours(student, folder)}
-    if not own_only and find_spec("onnx") and find_spec("onnxruntime"):
-        export_onnx(student, views, folder)
-        found |= onnx_runtime(folder, threads)
+    onnx = not own_only and all(map(find_spec, onnx_file.PACKAGES))
+    write_files(student, folder, onnx)
+    found = eager(student)
+    for name in TORCHSCRIPT + ONNX * onnx:
+        found[name] = load_student(folder / name, threads=threads)[0]
+    found["student.ts, all but the network"] = all_but_the_network(student)
+    if onnx:
+        found["resize of infer.py, for student.onnx"] = partial(resize, side=SIDE)
         if find_spec("openvino"):
             found |= openvino_runtime(folder, threads)
     return found
 
 
+# ----------------------------------------------------------------------------- whole processes
+
+
+def print_processes(turns):
+    """The table of whole processes, one thread, medians."""
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        home = Path(home)
+        write_files(untrained_student(), home, onnx=all(map(find_spec, onnx_file.PACKAGES)))
+        picture = home / "frame.jpg"
+        noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(FRAME[1::-1]).save(picture)
+        for name in TORCHSCRIPT + ONNX:
+            if (home / name).is_file():
+                runs = [first_verdict(home / name, picture) for _ in range(turns)]
+                seconds, memory = (statistics.median(values) for values in zip(*runs))
+                size = installed_bytes(NEEDS[Path(name).suffix])
+                rows.append([name, f"{seconds:.2f}", f"{memory / 1e6:.0f}", f"{size / 1e6:.0f}"])
+    print()
+    print_table(["file", "s to the first verdict", "memory, MB", "packages, MB"], rows)
+
+
+def first_verdict(model, picture):
+    """(seconds from start to the first line, bytes of memory at most) of an infer.py process."""
+    infer = Path(__file__).parents[2] / "infer.py"
+    command = [sys.executable, infer, "--model", model, "--threads", "1", *[picture] * 9]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        seconds = time.perf_counter() - start
+        status = Path(f"/proc/{process.pid}/status").read_text()  # it is at the next pictures
+        process.stdout.read()
+    return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def installed_bytes(names):
+    """Bytes of installed packages and of all that they require, without extras."""
+    seen, left = {}, list(names)
+    while left:
+        name = re.split(r"[^\w.-]", left.pop())[0].lower()
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # not wanted on this system
+            continue
+        if name not in seen:
+            files = [file.locate() for file in package.files or []]
+            seen[name] = sum(file.stat().st_size for file in files if file.is_file())
+            left += [each for each in package.requires or [] if "extra ==" not in each]
+    return sum(seen.values())
+
+
 # ------------------------------------------------------------------------------------- measure
 
 
-@torch.inference_mode()
 def measure(threads, turns, own_only):
     """Median milliseconds per contender, all taking turns, and the int8 engine that was taken."""
     torch.set_num_threads(threads)
@@ -270,6 +274,7 @@ def main():
     print(f"\nint8 engine taken: {engines}")
     torch.set_num_threads(2)  # as in the first column
     print(machine(*(name for name in PACKAGES if name not in missing)))
+    print_processes(5)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""The exported student as ONNX: the same answers, and a device that needs no torch."""
+
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT, SIDE, call
+from PIL import Image
+
+import distill
+import evaluate
+import infer
+from common import export, onnx_file, splits
+from common.checkpoints import load
+from common.errors import UserError
+from common.files import ONNX_SEAL, SEAL, sealed
+from common.images import DecodedCache
+
+for name in onnx_file.PACKAGES:
+    pytest.importorskip(name)
+
+PAIRS = (("student.ts", "student.onnx"), ("student.int8.ts", "student.int8.onnx"))
+STUDENT = ("--epochs", 15, "-b", 16, "--good-class", "level", *CPU)  # as in conftest.py
+AGAIN = ("--resume", "--onnx", "--max-int8-drop", 20, *STUDENT)
+DEVICE = "numpy numpy.libs PIL pillow.libs onnxruntime google flatbuffers packaging".split()
+
+
+@pytest.fixture(scope="module")
+def edge(tiny, tmp_path_factory):
+    """A run folder with the files of both formats, of the finished student of the tiny chain."""
+    home = tmp_path_factory.mktemp("onnx") / "student"
+    shutil.copytree(tiny.runs / "student", home)
+    export_again(home, tiny.root)
+    return home
+
+
+def export_again(home, root):
+    """Call distill.py, in a process of its own, for the files of a finished student."""
+    command = [sys.executable, ROOT / "distill.py", *map(str, AGAIN), "--output", home]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+
+
+def verdicts(model, folder):
+    """The printed verdicts of infer.py on all pictures below a folder."""
+    command = [sys.executable, ROOT / "infer.py", "--model", model, folder, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_both_formats_say_the_same_from_the_picture_file_on(edge, tiny):
+    for (name, twin), allowed in zip(PAIRS, (1e-4, 0.1)):
+        ours, theirs = verdicts(edge / name, tiny.data), verdicts(edge / twin, tiny.data)
+        assert len(ours) == len(theirs) > 100
+        for a, b in zip(ours, theirs):
+            gaps = [abs(a["probabilities"][k] - b["probabilities"][k]) for k in a["probabilities"]]
+            assert max(gaps) < allowed
+            if allowed == 1e-4:
+                assert (a["decision"], a["class"]) == (b["decision"], b["class"])
+
+
+def test_both_formats_see_the_same_evidence(edge, tiny):
+    picture = infer.read_picture(sorted((tiny.data / "test" / "cross").iterdir())[0])
+    for (name, twin), allowed in zip(PAIRS, (1e-3, 0.2)):
+        maps = []
+        for file in (edge / name, edge / twin):
+            student, metadata = infer.load_student(file)
+            good = metadata["classes"].index("level")
+            maps.append(infer.explain(student, infer.resize(picture, SIDE), good))
+        assert maps[0].max() > 0.2 and np.abs(maps[0] - maps[1]).max() < allowed
+
+
+def test_twins_hold_the_same_metadata_but_for_what_int8_measures(edge):
+    for name, twin in PAIRS:
+        ours, theirs = (export.load_exported(edge / file)[1] for file in (name, twin))
+        assert ours.keys() == theirs.keys()
+        differ = {key for key in ours if ours[key] != theirs[key]}
+        measured = {"temperature", "operating_point", "validation", "int8_drop"}
+        assert differ <= (measured if "int8" in name else set())
+        assert (edge / twin).stat().st_size == pytest.approx((edge / name).stat().st_size, rel=0.05)
+
+
+def test_what_int8_says_is_calibrated_as_the_file_answers(edge, tiny, monkeypatch):
+    monkeypatch.chdir(tiny.root)
+    network, metadata = export.load_exported(edge / "student.int8.onnx")
+    _, val, _ = splits.open_training(DecodedCache("runs/decoded"), load(edge / "best.pt")["data"])
+    p = network(val.batch(range(len(val))))
+    nll = float(-p[torch.arange(len(p)), val.labels].log().mean())
+    assert metadata["validation"]["nll"] == pytest.approx(nll, abs=1e-4)
+
+
+def test_a_device_without_torch_judges_watches_and_draws(edge, tiny, tmp_path):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in DEVICE:
+        found = [Path(home, name) for home in site.getsitepackages() if Path(home, name).exists()]
+        if found:
+            (packages / name).symlink_to(found[0])
+    for file in (ROOT / "infer.py", edge / "student.onnx", edge / "student.int8.onnx"):
+        shutil.copy(file, tmp_path)
+    pictures = sorted((tiny.data / "test" / "cross").iterdir())[:3]
+
+    def run(*words):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+        command = [sys.executable, "-S", *map(str, words)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert "No module named 'torch'" in run("-c", "import torch").stderr
+    for model in ("student.onnx", "student.int8.onnx"):
+        done = run("infer.py", "--model", model, "--heatmap", "red", "--csv", *pictures)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("path,decision") and len(lines) == 4
+        assert [line.split(",")[2] for line in lines[1:]] == ["cross"] * 3
+        drawn = list((tmp_path / "red").rglob("*.jpg"))
+        assert len(drawn) == 3 and Image.open(drawn[0]).size[0] == 480
+        shutil.rmtree(tmp_path / "red")
+        assert json.loads(run("infer.py", "--model", model, "--info").stdout)["view_size"] == SIDE
+    refused = run("infer.py", "--model", tiny.runs / "student" / "student.ts", *pictures)
+    assert refused.returncode == 2 and "pip install torch" in refused.stderr
+
+
+def test_cut_flipped_and_foreign_files_are_refused_in_one_line(edge, tmp_path, capsys):
+    import onnx
+
+    whole = (edge / "student.int8.onnx").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    bare = onnx.load_from_string(whole)
+    del bare.metadata_props[:]
+    wrong = onnx.load_from_string(whole)
+    for entry in wrong.metadata_props:
+        if entry.key == "metadata.json":
+            entry.value = entry.value.replace('"schema": 4', '"schema": 3')
+    foreign = {
+        "cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "text": b"no" * 99,
+        "unsealed": bare.SerializeToString(),
+        "bare": bare.SerializeToString(), "old": wrong.SerializeToString(),
+    }
+    for name, data in foreign.items():
+        file = tmp_path / f"{name}.onnx"
+        if name in ("bare", "old"):
+            with sealed(file, ONNX_SEAL) as sealing:
+                sealing.write(data)
+        else:
+            file.write_bytes(data)
+        with pytest.raises(SystemExit) as end:
+            infer.load_student(file)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count("\n") == 1 and "export it again" in said, name
+        with pytest.raises(UserError, match="not a student.onnx"):
+            export.load_exported(file)
+
+
+def test_onnx_runtime_finds_no_relu_and_no_unquantised_convolution_in_the_int8_file(edge):
+    import onnx
+
+    nodes = onnx.load_from_string((edge / "student.int8.onnx").read_bytes()).graph.node
+    made_by = {name: node for node in nodes for name in node.output}
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("Conv") == 20 and "Relu" not in kinds  # else it takes three times as long
+    for node in nodes:
+        if node.op_type == "Conv":
+            assert {made_by[name].op_type for name in node.input} == {"DequantizeLinear"}
+
+
+def test_infer_knows_the_length_of_both_seals():
+    lengths = {".ts": len(SEAL.format("0" * 64)), ".onnx": len(ONNX_SEAL.format("0" * 64))}
+    assert lengths == infer.SEALS
+
+
+def test_a_second_export_is_the_same_to_the_byte(edge, tiny, tmp_path):
+    shutil.copytree(edge, tmp_path / "again")
+    export_again(tmp_path / "again", tiny.root)
+    for name in export.FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (edge / name).read_bytes(), name
+
+
+def test_an_int8_graph_that_loses_too_much_is_not_written(
+    edge, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tiny.root)
+    shutil.copytree(edge, tmp_path / "s")
+
+    def broken(graph, views):
+        onnx_file.set_temperature(graph, -1.0)  # now it names the least likely class
+        return graph
+
+    monkeypatch.setattr(onnx_file, "quantised", broken)
+    assert call(distill.main, "--resume", "--onnx", "--output", tmp_path / "s", *STUDENT) == 0
+    assert "student.int8.onnx not written" in capsys.readouterr().out
+    kept = {name for name in export.FILES if (tmp_path / "s" / name).is_file()}
+    assert kept == set(export.FILES) - {"student.int8.onnx"}
+
+
+def test_missing_packages_are_named_before_any_work(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny.root)
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnx" else name)
+    assert call(distill.main, "--onnx", "--output", tmp_path / "s", *CPU) == 2
+    assert "pip install onnx\n" in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+def test_evaluate_measures_onnx_files(edge, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.root)
+    models = [edge / name for pair in PAIRS for name in pair]
+    words = ("--data-dir", "parts", "--output", tmp_path / "report", *CPU)
+    assert call(evaluate.main, *models, *words) == 0
+    found = json.loads((tmp_path / "report" / "metrics.json").read_text())["models"]
+    for name, twin in PAIRS:
+        ours, theirs = (found[(edge / file).as_posix()] for file in (name, twin))
+        assert theirs["kind"] == "exported" and theirs["latency_ms"] > 0
+        assert theirs["mean_accuracy"] == pytest.approx(ours["mean_accuracy"], abs=0.03)
