@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw, ImageOps
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 BAND = 128  # rows that are converted at a time
 SCHEMA = 3  # of the exported file, as in common/export.py
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
@@ -67,6 +68,11 @@ def read_picture(file, white_level=65535):
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
             raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        place = image.fp.tell()
+        size = image.fp.seek(0, io.SEEK_END)
+        image.fp.seek(place)
+        if width * height > max(LARGE, DENSITY * size):
+            raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
         if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
         ImageOps.exif_transpose(image, in_place=True)

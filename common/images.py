@@ -30,6 +30,7 @@ from common.files import check_seal, clear_stale, file_sha256, load_json, save_j
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 BAND = 128  # rows that are converted at a time
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
 VERSION = 4  # raise it when decoding or resizing changes
@@ -42,15 +43,21 @@ def read_picture(file, white_level=WHITE_LEVEL):
     file: path or binary file. EXIF orientation is applied; grey, palette, RGBA and CMYK pictures
     are converted. Grey pictures of more than 8 bits are scaled so that `white_level` becomes 255,
     the same for every picture of a set. Raises an exception of Pillow's, or ValueError for more
-    than MAX_PIXELS pixels or MAX_SIDE a side or MAX_SCANS scans, before anything is decoded. Takes
-    7 bytes a pixel, progressive JPEG and WebP up to 16. infer.py holds the same lines, because it
-    travels alone; a test keeps the two equal.
+    than MAX_PIXELS pixels, MAX_SIDE a side, MAX_SCANS scans, or of more than LARGE pixels DENSITY a
+    byte (cameras write less than 10), before anything is decoded. Takes 7 bytes a pixel,
+    progressive JPEG and WebP up to 16. infer.py holds the same lines, because it travels alone; a
+    test keeps the two equal.
     """
     with Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
             raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        place = image.fp.tell()
+        size = image.fp.seek(0, io.SEEK_END)
+        image.fp.seek(place)
+        if width * height > max(LARGE, DENSITY * size):
+            raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
         if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
         ImageOps.exif_transpose(image, in_place=True)
