@@ -64,6 +64,7 @@ def printable(text):
 def read_picture(file, white_level=65535):
     """Decode a picture to uint8 RGB [H, W, 3], upright; the same lines as common/images.py's."""
     with Image.open(file, formats=FORMATS) as image:
+        image.filename = ""  # else Pillow may map the file, and a file cut off meanwhile is fatal
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"

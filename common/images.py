@@ -49,6 +49,7 @@ def read_picture(file, white_level=WHITE_LEVEL):
     test keeps the two equal.
     """
     with Image.open(file, formats=FORMATS) as image:
+        image.filename = ""  # else Pillow may map the file, and a file cut off meanwhile is fatal
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -116,6 +117,18 @@ def test_damaged_pictures_of_every_kind_raise_an_exception_or_are_read_within_a_
         assert time.perf_counter() - start < 2
         readable += isinstance(answers[0], bytes)
     assert readable > 50
+
+
+def test_a_file_is_read_as_its_bytes_are_where_a_strip_holds_less_than_the_picture(tmp_path):
+    ramp = Image.fromarray(np.arange(3072, dtype=np.uint16).reshape(48, 64) * 20)
+    data = bytearray(encoded(ramp, "TIFF"))
+    rows = data.index(struct.pack("<HHI", 278, 4, 1)) + 8  # RowsPerStrip, of one strip
+    data[rows:rows + 4] = struct.pack("<I", 5)
+    (tmp_path / "x.tif").write_bytes(data)
+    for read in READERS:
+        pixels = read(io.BytesIO(data))
+        assert pixels[4].any() and not pixels[5:].any()
+        assert (read(tmp_path / "x.tif") == pixels).all()
 
 
 def test_what_no_camera_writes_is_not_even_tried(tmp_path):
