@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError, require_same
 from common.folders import data_folder
-from common.images import holds_pictures, list_pictures
+from common.images import holds_pictures, list_pictures, say_once
 from common.pictures import Pictures
 
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
@@ -57,7 +57,7 @@ def open_labelled(cache, folder, record):
 
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") and path.is_dir() and holds_pictures(path):
-            print(f"{folder}: left out the folder {path.name}, since its name begins with a dot")
+            say_once(f"{folder}: left out the folder {path.name}, whose name begins with a dot")
 
     number = {name: k for k, name in enumerate(classes)}
     owners = [path.split("/")[0] for path in decoded.paths]

@@ -177,15 +177,16 @@ def test_a_foreign_index_makes_the_cache_again(tmp_path, cache, content):
 # ------------------------------------------------------------------------------------------ splits
 
 
-def test_a_class_folder_whose_name_begins_with_a_dot_is_not_left_out_in_silence(
+def test_a_class_folder_whose_name_begins_with_a_dot_is_left_out_with_one_line(
         tmp_path, cache, capfd):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"
     (root / ".git").mkdir()  # holds no picture
     shutil.copytree(root / "level", root / ".bent")
-    classes, _ = splits.open_labelled(cache, root, RECORD)
-    assert classes == ["cross", "level", "upright"]
+    for _ in range(2):
+        classes, _ = splits.open_labelled(cache, root, RECORD)
+        assert classes == ["cross", "level", "upright"]
     said = capfd.readouterr().out
-    assert "left out the folder .bent" in said and ".git" not in said
+    assert said.count("left out the folder .bent") == 1 and ".git" not in said
 
 
 def test_hold_out_is_stratified_and_repeatable():
