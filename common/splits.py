@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError, require_same
 from common.folders import data_folder
-from common.images import holds_pictures, list_pictures, say_once
+from common.listing import holds_pictures, list_pictures, say_once
 from common.pictures import Pictures
 
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take

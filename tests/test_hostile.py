@@ -16,7 +16,7 @@ from PIL import Image
 import infer
 from common import images, splits
 from common.errors import UserError
-from common.images import list_pictures
+from common.listing import list_pictures
 
 READERS = (images.read_picture, infer.read_picture)
 

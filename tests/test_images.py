@@ -12,7 +12,7 @@ from PIL import Image
 
 import infer
 import train_teacher
-from common import folders, images, splits
+from common import folders, images, listing, splits
 from common.checkpoints import load
 from common.errors import UserError
 from common.images import DecodedCache
@@ -89,7 +89,7 @@ def test_infer_reads_pictures_exactly_as_training_does(monkeypatch):
         for white_level in (65535, 4095):
             ours = images.read_picture(file, white_level)
             assert (infer.read_picture(file, white_level) == ours).all()
-    assert infer.EXTENSIONS == images.EXTENSIONS
+    assert infer.EXTENSIONS == listing.EXTENSIONS
     for module in (images, infer):
         monkeypatch.setattr(module, "MAX_PIXELS", 100)
         with pytest.raises(ValueError, match="over the limit"):
