@@ -134,17 +134,6 @@ def test_an_interrupted_run_resumes_to_the_same_weights(inside, tmp_path, monkey
     assert log.read_text() == rows
 
 
-def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():
-    history = [0.90, 29 / 30, 28 / 30, 27 / 30]
-    chosen = [training.good_enough(history[:end], 30) for end in range(1, 5)]
-    # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
-    assert chosen == [True, True, True, False]
-    assert training.good_enough([1, 29 / 30], 30)  # 1 - 0.0404
-    assert not training.good_enough([1, 29 / 30], 300)  # 1 - 0.0046
-    labels = torch.tensor([0] * 90 + [1] * 10)
-    assert training.balanced_number(labels) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)
-
-
 def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
     words = (*TRAIN, "--model", "test_resnet", "--epochs", 2, "--lr", 1e30, "--clip-grad", 0, *CPU)
     assert call(train_teacher.main, *words, "--output", tmp_path) == 2
