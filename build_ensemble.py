@@ -20,13 +20,11 @@ import torch
 from tqdm import tqdm
 
 from common import cli, distributed, folders, labels, models, splits
-from common.calibration import fit_temperature, fit_weights
 from common.checkpoints import peek
+from common.combination import combine
 from common.ensemble import SCHEMA, CachedLogits, begin, intact_views, load_ensemble, write_view
 from common.errors import UserError, require_same
 from common.files import save_json, versions
-from common.losses import product_of_experts
-from common.metrics import score
 from common.views import ViewRecipe, render
 
 # Stored by default: about what 400 steps of 24 see once. Labelled pictures alone are few, and a
@@ -231,39 +229,6 @@ def describe_teachers(paths, records):
         }
         for path, record in zip(paths, records)
     ]
-
-
-def combine(val_logits, val_labels, teacher_weights, paths):
-    """Fit temperatures and weights on validation, and print what they give.
-
-    val_logits: float32 [teachers, N, classes]; val_labels: int64 [N]. Returns plain data for
-    ensemble.json.
-    """
-    temperatures = [fit_temperature(logits, val_labels) for logits in val_logits]
-    scaled = torch.stack([z / t for z, t in zip(val_logits, temperatures)])
-    weights = [1 / len(paths)] * len(paths)
-    if teacher_weights == "fitted":
-        weights = fit_weights(scaled, val_labels)
-
-    rows = list(zip(map(str, paths), weights, temperatures, torch.softmax(scaled, dim=2)))
-    together = product_of_experts(val_logits, temperatures, weights)
-    rows.append(("the ensemble", sum(weights), 1.0, together))
-    head = f"on {len(val_labels)} validation pictures:"
-    print(f"{head:43}weight  temperature  accuracy  balanced    NLL")
-    found = {}
-    for name, weight, temperature, probabilities in rows:
-        metrics = score(probabilities, val_labels)
-        found[name] = {key: metrics[key] for key in ("accuracy", "balanced_accuracy", "nll", "n")}
-        print(
-            f"  {name:40} {weight:7.3f}  {temperature:11.2f}  {metrics['accuracy']:8.3f}  "
-            f"{metrics['balanced_accuracy']:8.3f}  {metrics['nll']:5.3f}"
-        )
-    return {
-        "temperatures": temperatures,
-        "weights": weights,
-        "teacher_weights": teacher_weights,
-        "validation": found,
-    }
 
 
 def doubt(teachers, train, val, val_logits, temperatures):

@@ -110,12 +110,9 @@ def distil(output, args, watch):
     watch.lap("pictures")
 
     # The student.
-    torch.manual_seed(args.seed)
-    img_size = args.img_size or data["view_size"]
     with distributed.first_then_others():
-        model = models.create_student(len(classes), img_size, args.pretrained, args.weights)
+        model, groups = create(data, args)
     model.to(device, memory_format=torch.channels_last)
-    groups = models.parameter_groups(model, args.weight_decay)
     weights = None
     if args.balance_classes:
         weights = class_weights(labelled.labels, len(classes)).to(device)
@@ -172,6 +169,14 @@ def open_pictures(ensemble, args):
         classes = ", ".join(data["classes"])
         raise UserError(f"--good-class {args.good_class}: the classes are {classes}")
     return labelled, labelled + pool if pool else labelled, val, data
+
+
+def create(data, args):
+    """The student and its AdamW parameter groups."""
+    torch.manual_seed(args.seed)
+    img_size = args.img_size or data["view_size"]
+    model = models.create_student(len(data["classes"]), img_size, args.pretrained, args.weights)
+    return model, models.parameter_groups(model, args.weight_decay)
 
 
 def plan_steps(pictures, data, args):

@@ -62,24 +62,12 @@ def main():
 
 def report_on_all(args, watch):
     """Measure every model on every test set, look for doubts, and write the report."""
-    names = [Path(name).as_posix() for name in args.model or find_models()]
-    baseline = Path(args.baseline).as_posix() if args.baseline else None
-    if baseline:
-        same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
-        baseline = same[0] if same else baseline
-        names = names if same else [baseline, *names]
+    names, baseline = name_models(args)
     device = cli.pick_device(args.device)
 
     # What is to be measured, on what.
-    subjects = {name: open_subject(name) for name in names}
+    subjects = open_subjects(names)
     first = subjects[names[0]].pictures
-    for name, subject in subjects.items():
-        require_same(
-            {"classes": first["classes"]},
-            {"classes": subject.pictures["classes"]},
-            f"{name} against {names[0]}",
-            "models are compared on the same classes",
-        )
     known = [subject.data for subject in subjects.values() if subject.data]
     tests = open_tests(subjects, known, args)
     pictures = tests[first["view_size"], first["white_level"]]
@@ -122,6 +110,31 @@ def report_on_all(args, watch):
         report.write(findings, answers, pictures, audited, folder / "report.html")
     watch.lap("report")
     print(f"{Path(args.output) / 'report.html'}, metrics.json, predictions.csv")
+
+
+def name_models(args):
+    """(names, baseline) of the models to measure; the baseline is one of them, or None."""
+    names = [Path(name).as_posix() for name in args.model or find_models()]
+    baseline = Path(args.baseline).as_posix() if args.baseline else None
+    if baseline:
+        same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
+        baseline = same[0] if same else baseline
+        names = names if same else [baseline, *names]
+    return names, baseline
+
+
+def open_subjects(names):
+    """{name: `Subject`}. Raises UserError where one is for other classes."""
+    subjects = {name: open_subject(name) for name in names}
+    classes = subjects[names[0]].pictures["classes"]
+    for name, subject in subjects.items():
+        require_same(
+            {"classes": classes},
+            {"classes": subject.pictures["classes"]},
+            f"{name} against {names[0]}",
+            "models are compared on the same classes",
+        )
+    return subjects
 
 
 def evaluate(subjects, tests, device, batch_size):

@@ -42,6 +42,7 @@ from PIL import Image, ImageDraw, ImageOps  # noqa: E402
 EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 BAND = 128  # rows that are converted at a time
 SCHEMA = 4  # of the exported file, as in common/export.py
 SEALS = {".ts": 95, ".onnx": 89}  # bytes at a file's end that hold the sha256 of all before them
@@ -70,10 +71,16 @@ def printable(text):
 def read_picture(file, white_level=65535):
     """Decode a picture to uint8 RGB [H, W, 3], upright; the same lines as common/images.py's."""
     with Image.open(file, formats=FORMATS) as image:
+        image.filename = ""  # else Pillow may map the file, and a file cut off meanwhile is fatal
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
             raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        place = image.fp.tell()
+        size = image.fp.seek(0, io.SEEK_END)
+        image.fp.seek(place)
+        if width * height > max(LARGE, DENSITY * size):
+            raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
         if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
         ImageOps.exif_transpose(image, in_place=True)

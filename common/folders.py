@@ -7,7 +7,7 @@ from PIL import Image
 
 from common import synthetic
 from common.errors import UserError
-from common.images import list_pictures
+from common.listing import list_pictures
 
 EMBEDDED = "data/fasteners"
 EMBEDDED_SIDE = 64  # px; its defects are large, so that its chain takes minutes on two cores

@@ -15,7 +15,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,11 @@ from tqdm import tqdm
 
 from common.errors import UserError, first_line
 from common.files import check_seal, clear_stale, file_sha256, load_json, save_json, sealed
+from common.listing import list_pictures
 
-EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
+LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 BAND = 128  # rows that are converted at a time
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
 VERSION = 4  # raise it when decoding or resizing changes
@@ -42,15 +42,22 @@ def read_picture(file, white_level=WHITE_LEVEL):
     file: path or binary file. EXIF orientation is applied; grey, palette, RGBA and CMYK pictures
     are converted. Grey pictures of more than 8 bits are scaled so that `white_level` becomes 255,
     the same for every picture of a set. Raises an exception of Pillow's, or ValueError for more
-    than MAX_PIXELS pixels or MAX_SIDE a side or MAX_SCANS scans, before anything is decoded. Takes
-    7 bytes a pixel, progressive JPEG and WebP up to 16. infer.py holds the same lines, because it
-    travels alone; a test keeps the two equal.
+    than MAX_PIXELS pixels, MAX_SIDE a side, MAX_SCANS scans, or of more than LARGE pixels DENSITY a
+    byte (cameras write less than 10), before anything is decoded. Takes 7 bytes a pixel,
+    progressive JPEG and WebP up to 16. infer.py holds the same lines, because it travels alone; a
+    test keeps the two equal.
     """
     with Image.open(file, formats=FORMATS) as image:
+        image.filename = ""  # else Pillow may map the file, and a file cut off meanwhile is fatal
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"{MAX_PIXELS} or {MAX_SIDE} a side"
             raise ValueError(f"{width} x {height} pixels, over the limit of {limit}")
+        place = image.fp.tell()
+        size = image.fp.seek(0, io.SEEK_END)
+        image.fp.seek(place)
+        if width * height > max(LARGE, DENSITY * size):
+            raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
         if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
             raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
         ImageOps.exif_transpose(image, in_place=True)
@@ -79,62 +86,6 @@ def resize(picture, side):
     planes = picture.permute(2, 0, 1)[None]
     small = F.interpolate(planes, size=(side, side), mode="bilinear", antialias=True)
     return small[0].permute(1, 2, 0)
-
-
-def list_pictures(folder):
-    """Relative paths of the pictures below a folder, class folder after class folder, sorted.
-
-    Links to pictures and to folders are followed; a line says where some lead out of `folder`.
-    Files and folders whose name begins with a dot are left out. Raises UserError where the folder
-    is missing or holds no picture, and for a link to nothing or in a circle.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    links, found = [], []
-    for entry in walk(folder, links):
-        if Path(entry.name).suffix.lower() in EXTENSIONS and entry.is_file():
-            found.append(Path(entry.path).relative_to(folder).parts)
-    if not found:
-        raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-    inside = folder.resolve()
-    outside = [link for link in links if not Path(link).resolve().is_relative_to(inside)]
-    if outside:
-        say_once(f"{folder}: follows {len(outside)} links that lead out of it, the first "
-                 f"{outside[0]} -> {os.path.realpath(outside[0])}")
-    return ["/".join(parts) for parts in sorted(found)]
-
-
-def holds_pictures(folder):
-    """Whether there is a picture anywhere below a folder, by its name."""
-    return any(path.suffix.lower() in EXTENSIONS for path in Path(folder).rglob("*"))
-
-
-def walk(folder, links, above=()):
-    """Entries of the files below a folder, links followed and added to the list `links`.
-
-    above: the folders on the way here, without links, which a link must not lead back to.
-    """
-    here = os.path.realpath(folder)
-    if here in above:
-        raise UserError(f"{folder}: a link to a folder that it lies in; remove it")
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink():
-            links.append(entry.path)
-            if not os.path.exists(entry.path):
-                raise UserError(f"{entry.path}: a link to nothing; mend or remove it")
-        if entry.is_dir():
-            yield from walk(entry.path, links, (*above, here))
-        else:
-            yield entry
-
-
-@cache
-def say_once(line):
-    """Print a line, once in a process: a folder is listed several times."""
-    print(line)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,30 @@ def score(probabilities, labels):
     }
 
 
+def good_enough(history, n):
+    """Whether the last validation is within one standard error of the highest so far.
+
+    history: balanced accuracies, the latest last; n: validation pictures, of `balanced_number`. So
+    best.pt ends as the latest checkpoint that n pictures cannot tell from the best; the highest of
+    thirty pictures alone is often one of mid-schedule that had luck. The rule of Breiman et al.
+    1984, with the longest training for the simplest model; the standard error is Agresti and
+    Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
+    """
+    highest = max(history)
+    p = (n * highest + 2) / (n + 4)
+    standard_error = (p * (1 - p) / (n + 4)) ** 0.5
+    return history[-1] >= highest - standard_error
+
+
+def balanced_number(labels):
+    """Pictures of equal classes that give balanced accuracy the standard error it has with these.
+
+    labels: int [N]. K^2 / sum_c 1 / N_c, for the K classes that occur.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    return float(len(counts) ** 2 / (1 / counts).sum())
+
+
 def interval(samples):
     """The middle 95 % of bootstrap samples: (low, high)."""
     low, high = np.percentile(samples, [2.5, 97.5])

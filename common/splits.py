@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError, require_same
 from common.folders import data_folder
-from common.images import holds_pictures, list_pictures
+from common.listing import holds_pictures, list_pictures, say_once
 from common.pictures import Pictures
 
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
@@ -57,7 +57,7 @@ def open_labelled(cache, folder, record):
 
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") and path.is_dir() and holds_pictures(path):
-            print(f"{folder}: left out the folder {path.name}, since its name begins with a dot")
+            say_once(f"{folder}: left out the folder {path.name}, whose name begins with a dot")
 
     number = {name: k for k, name in enumerate(classes)}
     owners = [path.split("/")[0] for path in decoded.paths]
@@ -172,23 +172,24 @@ def hold_out(labels, groups, share, seed=0):
     targets. Returns two sorted int arrays. Raises UserError when a class is left without a picture.
     """
     labels = np.asarray(labels)
-    classes = labels.max() + 1
     rows_of = {}
     for row, group in enumerate(groups):
         rows_of.setdefault(group, []).append(row)
 
-    total = np.bincount(labels, minlength=classes)
-    target = np.maximum(1, np.round(share * total))
-    held, val = np.zeros(classes), []
+    total = np.bincount(labels)
+    target = np.maximum(1, np.round(share * total)).astype(int)
+    class_of, missing, val = labels.tolist(), target.tolist(), []  # plain ints: numpy is slow here
     names = sorted(rows_of)
-    for position in np.random.default_rng([seed, 0]).permutation(len(names)):
-        rows = rows_of[names[position]]
-        counts = np.bincount(labels[rows], minlength=classes)
-        missing = target - held
-        if np.abs(missing - counts).sum() < np.abs(missing).sum():
-            held += counts
+    for position in np.random.default_rng([seed, 0]).permutation(len(names)).tolist():
+        rows, counts = rows_of[names[position]], {}
+        for row in rows:
+            counts[class_of[row]] = counts.get(class_of[row], 0) + 1
+        if sum([abs(missing[k] - n) - abs(missing[k]) for k, n in counts.items()]) < 0:
+            for k, n in counts.items():
+                missing[k] -= n
             val += rows
 
+    held = target - missing
     split = (held > 0) & (held < total)
     if not split.all():
         raise UserError(

@@ -26,7 +26,7 @@ from common import distributed
 from common.checkpoints import load, save, weights_sha256
 from common.errors import UserError, require_same
 from common.files import atomic_path
-from common.metrics import score
+from common.metrics import balanced_number, good_enough, score
 from common.models import precision, predict
 from common.views import batch_plan
 
@@ -291,31 +291,6 @@ def made_from(record):
         "ensemble": record.get("ensemble_sha256"),
         "pretrained": bool(args.get("weights") or args.get("pretrained")),
     }
-
-
-def good_enough(history, n):
-    """Whether the last validation is within one standard error of the highest so far.
-
-    history: balanced accuracies, the latest last; n: validation pictures, of `balanced_number`. So
-    best.pt ends as the latest checkpoint that n pictures cannot tell from the best; the highest of
-    thirty pictures alone is often one of mid-schedule that had luck. The rule of Breiman et al.
-    1984, with the longest training for the simplest model; the standard error is Agresti and
-    Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
-    """
-    highest = max(history)
-    p = (n * highest + 2) / (n + 4)
-    standard_error = (p * (1 - p) / (n + 4)) ** 0.5
-    return history[-1] >= highest - standard_error
-
-
-def balanced_number(labels):
-    """Pictures of equal classes that give balanced accuracy the standard error it has with these.
-
-    labels: int64 [N]. K^2 / sum_c 1 / N_c, for the K classes that occur.
-    """
-    counts = torch.bincount(labels)
-    counts = counts[counts > 0]
-    return float(len(counts) ** 2 / (1 / counts).sum())
 
 
 def write_log(path, history):

@@ -69,7 +69,10 @@ def teacher(output, *more):
 
 @pytest.fixture(scope="module")
 def both(tiny, tmp_path_factory):
-    """Folders of the same teacher, ensemble and student: .one of one process, .two of two."""
+    """Folders of the same teacher, ensemble and student: .one of one process, .two of two.
+
+    .resumed: a teacher whose second process was killed, see .killed, and that went on.
+    """
     home = tmp_path_factory.mktemp("both")
     before = os.getcwd()
     os.chdir(tiny.root)
@@ -81,11 +84,15 @@ def both(tiny, tmp_path_factory):
             for script, words in stages(home / "one"):
                 assert call(script.main, *words) == 0
             torch.set_num_threads(threads)
-        process = torchrun(home, stages(home / "two"))
+        killed = torchrun(home, [teacher(home / "resumed")], die=True)
+        epoch = load(home / "resumed" / "test_vit" / "last.pt")["epoch"]
+        resumed = teacher(home / "resumed", "--resume")
+        process = torchrun(home, [*stages(home / "two"), resumed])
     finally:
         os.chdir(before)
     assert process.returncode == 0, process.stderr
-    return SimpleNamespace(one=home / "one", two=home / "two", printed=process.stdout)
+    folders = {name: home / name for name in ("one", "two", "resumed")}
+    return SimpleNamespace(**folders, printed=process.stdout, killed=killed, killed_after=epoch)
 
 
 def stages(home):
@@ -127,17 +134,14 @@ def test_a_student_of_two_processes_has_the_loss_curve_of_one_with_uneven_labels
 
 def test_process_0_alone_prints(both):
     assert both.printed.count("test_vit epoch 1/6") == 1
-    assert both.printed.count("2 processes") == 3
+    assert both.printed.count("2 processes") == 4
 
 
-def test_a_run_that_lost_a_process_resumes_to_the_same_weights(both, inside, tmp_path):
-    killed = torchrun(tmp_path, [teacher(tmp_path)], die=True)
-    assert killed.returncode != 0
-    assert "(SIGKILL)" in killed.stderr  # torchrun says so
-    assert "[rank0]" not in killed.stderr  # and not process 0, which only missed the other
-    assert load(tmp_path / "test_vit" / "last.pt")["epoch"] == 2
-    assert torchrun(tmp_path, [teacher(tmp_path, "--resume")]).returncode == 0
-    whole, resumed = (load(f / "test_vit" / "last.pt") for f in (both.two, tmp_path))
+def test_a_run_that_lost_a_process_resumes_to_the_same_weights(both):
+    assert both.killed.returncode != 0 and both.killed_after == 2
+    assert "(SIGKILL)" in both.killed.stderr  # torchrun says so
+    assert "[rank0]" not in both.killed.stderr  # and not process 0, which only missed the other
+    whole, resumed = (load(f / "test_vit" / "last.pt") for f in (both.two, both.resumed))
     assert whole["weights_sha256"] == resumed["weights_sha256"]
 
 

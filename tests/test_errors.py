@@ -195,10 +195,12 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(refused, tmp_path):
+def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
+    refused, no_export, tmp_path
+):
     folder = tmp_path / "e"
     shutil.copytree("runs/ensemble", folder)
-    words = (folder, "--epochs", 2, "--output", tmp_path / "s", *CPU)
+    words = (folder, "--epochs", 1, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0
     record = load_json(folder / "ensemble.json")
     record["weights"] = record["weights"][::-1]

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from PIL import Image
 import infer
 from common import images, splits
 from common.errors import UserError
-from common.images import list_pictures
+from common.listing import list_pictures
 
 READERS = (images.read_picture, infer.read_picture)
 
@@ -36,6 +37,26 @@ def test_a_small_file_of_too_many_pixels_is_refused_before_it_is_decoded(read, s
     assert time.perf_counter() - start < 0.2
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_kilobytes_that_claim_a_large_picture_are_refused_before_they_are_decoded(kind):
+    data = encoded(Image.new("L", (4001, 4000)), kind)
+    for read in READERS:
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match="as no camera writes"):
+            read(io.BytesIO(data))
+        assert time.perf_counter() - start < 0.2
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_large_picture_needs_the_bytes_of_one_and_a_smaller_picture_does_not(read, tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("L", (4000, 4000)).save(path)
+    assert read(path).shape == (4000, 4000, 3)
+    Image.new("L", (4001, 4000)).save(path)
+    os.truncate(path, 4001 * 4000 // 250)
+    assert read(path).shape == (4000, 4001, 3)
+
+
 @pytest.mark.parametrize("read", READERS)
 def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(read):
     data = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
@@ -50,7 +71,7 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(read):
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="no /proc here")
 @pytest.mark.parametrize("name", ["common.images", "infer"])
 def test_reading_a_picture_takes_no_more_than_eight_bytes_a_pixel(tmp_path, name):
-    Image.new("RGB", (5000, 4000)).save(tmp_path / "x.png")
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "x.png")
     program = (
         f"from {name} import read_picture\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status')\n"
@@ -62,7 +83,7 @@ def test_reading_a_picture_takes_no_more_than_eight_bytes_a_pixel(tmp_path, name
     )
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 1024 * int(run.stdout) < 9 * 5000 * 4000  # 17 a pixel where it is converted whole
+    assert 1024 * int(run.stdout) < 9 * 4000 * 4000  # 17 a pixel where it is converted whole
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest undoes what the modules set
@@ -96,6 +117,18 @@ def test_damaged_pictures_of_every_kind_raise_an_exception_or_are_read_within_a_
         assert time.perf_counter() - start < 2
         readable += isinstance(answers[0], bytes)
     assert readable > 50
+
+
+def test_a_file_is_read_as_its_bytes_are_where_a_strip_holds_less_than_the_picture(tmp_path):
+    ramp = Image.fromarray(np.arange(3072, dtype=np.uint16).reshape(48, 64) * 20)
+    data = bytearray(encoded(ramp, "TIFF"))
+    rows = data.index(struct.pack("<HHI", 278, 4, 1)) + 8  # RowsPerStrip, of one strip
+    data[rows:rows + 4] = struct.pack("<I", 5)
+    (tmp_path / "x.tif").write_bytes(data)
+    for read in READERS:
+        pixels = read(io.BytesIO(data))
+        assert pixels[4].any() and not pixels[5:].any()
+        assert (read(tmp_path / "x.tif") == pixels).all()
 
 
 def test_what_no_camera_writes_is_not_even_tried(tmp_path):

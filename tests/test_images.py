@@ -12,7 +12,7 @@ from PIL import Image
 
 import infer
 import train_teacher
-from common import folders, images, splits
+from common import folders, images, listing, splits
 from common.checkpoints import load
 from common.errors import UserError
 from common.images import DecodedCache
@@ -89,7 +89,7 @@ def test_infer_reads_pictures_exactly_as_training_does(monkeypatch):
         for white_level in (65535, 4095):
             ours = images.read_picture(file, white_level)
             assert (infer.read_picture(file, white_level) == ours).all()
-    assert infer.EXTENSIONS == images.EXTENSIONS
+    assert infer.EXTENSIONS == listing.EXTENSIONS
     for module in (images, infer):
         monkeypatch.setattr(module, "MAX_PIXELS", 100)
         with pytest.raises(ValueError, match="over the limit"):
@@ -189,15 +189,16 @@ def test_a_foreign_index_makes_the_cache_again(tmp_path, cache, content):
 # ------------------------------------------------------------------------------------------ splits
 
 
-def test_a_class_folder_whose_name_begins_with_a_dot_is_not_left_out_in_silence(
+def test_a_class_folder_whose_name_begins_with_a_dot_is_left_out_with_one_line(
         tmp_path, cache, capfd):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"
     (root / ".git").mkdir()  # holds no picture
     shutil.copytree(root / "level", root / ".bent")
-    classes, _ = splits.open_labelled(cache, root, RECORD)
-    assert classes == ["cross", "level", "upright"]
+    for _ in range(2):
+        classes, _ = splits.open_labelled(cache, root, RECORD)
+        assert classes == ["cross", "level", "upright"]
     said = capfd.readouterr().out
-    assert "left out the folder .bent" in said and ".git" not in said
+    assert said.count("left out the folder .bent") == 1 and ".git" not in said
 
 
 def test_hold_out_is_stratified_and_repeatable():

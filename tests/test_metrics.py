@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from common.metrics import accuracy_interval, confusion_matrix, difference, ece, score
+from common.metrics import (
+    accuracy_interval,
+    balanced_number,
+    confusion_matrix,
+    difference,
+    ece,
+    good_enough,
+    score,
+)
 
 
 def one_hot(predicted, classes=3):
@@ -61,3 +69,14 @@ def test_difference_over_two_sets_is_the_mean_and_narrower():
 def test_a_model_against_itself_differs_by_nothing():
     a = np.random.default_rng(1).random(50) < 0.5
     assert difference([a], [a]) == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():
+    history = [0.90, 29 / 30, 28 / 30, 27 / 30]
+    chosen = [good_enough(history[:end], 30) for end in range(1, 5)]
+    # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
+    assert chosen == [True, True, True, False]
+    assert good_enough([1, 29 / 30], 30)  # 1 - 0.0404
+    assert not good_enough([1, 29 / 30], 300)  # 1 - 0.0046
+    labels = np.repeat([0, 1], [90, 10])
+    assert balanced_number(labels) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)

@@ -102,7 +102,9 @@ def recorder(seen):
     return recording
 
 
-def test_the_student_is_taught_with_the_pixels_the_teachers_answered(inside, monkeypatch, tmp_path):
+def test_the_student_is_taught_with_the_pixels_the_teachers_answered(
+    inside, no_export, monkeypatch, tmp_path
+):
     asked, taught = {}, {}
     monkeypatch.setattr(build_ensemble, "render", recorder(asked))
     monkeypatch.setattr(distill, "render", recorder(taught))

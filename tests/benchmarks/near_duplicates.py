@@ -27,7 +27,8 @@ from PIL import Image, ImageEnhance
 
 from common import cli, duplicates
 from common.errors import UserError
-from common.images import Decoded, list_pictures, read_picture, resize
+from common.images import Decoded, read_picture, resize
+from common.listing import list_pictures
 from common.pictures import Pictures
 
 PLANTED = 210  # at most
