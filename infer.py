@@ -196,6 +196,7 @@ def load_onnx(data, threads):
     check_seal(data, SEALS[".onnx"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads = threads or os.cpu_count()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work as well
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["metadata.json"])
     side = metadata["view_size"]

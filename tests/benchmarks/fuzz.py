@@ -10,8 +10,9 @@ format's reader always compares, so another picture may come out.
 
 Files that one stage writes and another reads go through their own loaders. Only UserError (or
 infer.py's exit status 2) may come out of these, or the content of the undamaged file. The decoded
-cache and the audit's are made again instead of refused. "An edit" is no damage: metadata.json
-changed and packed with right checksums, as a foreign program might; there only the error counts.
+cache and the audit's are made again instead of refused. "An edit" is no damage: metadata.json, or
+anything in student.onnx, changed and packed with right checksums, as a foreign program might; there
+only the error counts.
 
 Everything runs in processes of its own; one that dies or takes over LIMIT seconds over a file is
 counted as uncaught, and replaced. So is a MemoryError, of 4 GiB asked for by a file of a kilobyte,
@@ -35,6 +36,8 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from functools import partial
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,11 +49,13 @@ from PIL import Image
 from torch import nn
 
 import infer
-from common import audit, checkpoints, cli, export, splits
+from common import audit, checkpoints, cli, export, onnx_file, splits
 from common.ensemble import CachedLogits, load_ensemble
 from common.errors import UserError
+from common.files import ONNX_SEAL, SEAL
 from common.images import DecodedCache, decode_file, resize
 
+ONNX = all(map(find_spec, onnx_file.PACKAGES))  # else its rows are left out
 LIMIT = 30  # s over one file, after which its process is ended
 MEMORY = 4 * 2**30  # bytes of address space that a process may take beyond its start
 SIZE = (37, 29)  # px; numbers that are easily found in a header
@@ -265,7 +270,7 @@ def picture_checker(name):
 
 
 def make_files():
-    """A tiny chain's files in the working directory, and a student.ts with a tiny network."""
+    """A tiny chain's files in the working directory, and exported files with a tiny network."""
     make_pictures(Path("parts"), {"train": 8, "test": 4})
     call("train_teacher.py", "--data-dir", "parts", "--view-size", 32, "--model", "test_resnet",
          "--epochs", 1, "--device", "cpu")
@@ -273,7 +278,7 @@ def make_files():
     normal = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "img_size": 32}
     network = SimpleNamespace(backbone=SimpleNamespace(fc=nn.Linear(4, 3)), **normal)
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    deployed = export.Deployed(network, trunk, view_size=32, temperature=1.0, good=0)
+    deployed = export.Deployed(network, trunk, view_size=32, temperature=1.0)
     metadata = {
         "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_class": "good",
         "view_size": 32, "img_size": 32, "white_level": WHITE_LEVEL, "precision": "float32",
@@ -281,6 +286,9 @@ def make_files():
         "temperature": 1.0, "parameters": 127,
     }
     export.save_torchscript(deployed, metadata, Path("student.ts"))
+    if ONNX:
+        graph = onnx_file.graph_of(deployed)
+        onnx_file.save(graph, metadata, Path("student.onnx"), deployed)
 
 
 def same(a, b):
@@ -353,24 +361,17 @@ def peeked():
     return checkpoints.peek("runs/test_resnet/best.pt")
 
 
-def exported():
-    return judged(*export.load_exported("student.ts"))
-
-
-def exported_for_infer():
-    return judged(*infer.load("student.ts"))
-
-
-def judged(module, metadata):
+def exported(path):
     """Metadata, and what the network says of a grey frame."""
-    return [metadata, module(torch.full((32, 32, 3), 90, dtype=torch.uint8))]
+    student, metadata = export.load_exported(path)
+    return [metadata, student(torch.full((1, 32, 32, 3), 90, dtype=torch.uint8))]
 
 
-def verdict():
-    """What infer.py would print of a grey picture."""
-    student, metadata = infer.load_student("student.ts")
+def verdict(path):
+    """Metadata, and what infer.py would say of a grey picture."""
+    student, metadata = infer.load_student(path)
     judge = infer.Judge(student, metadata)
-    return judge("grey.png", np.full((32, 32, 3), 90, np.uint8))
+    return [metadata, judge(Path("grey.png"), np.full((32, 32, 3), 90, np.uint8))]
 
 
 def file_checker(name):
@@ -414,7 +415,17 @@ def edit_metadata(data, others, rng):
             if name.endswith("metadata.json"):
                 content = mutate_json(content, others, rng)
             new.writestr(name, content)
-    return packed.getvalue()
+    return sealed_again(packed.getvalue(), SEAL)
+
+
+def edit_graph(data, others, rng):
+    """student.onnx, mutated anywhere, with a right seal."""
+    return sealed_again(mutate(data[:-infer.SEALS[".onnx"]], others, rng), ONNX_SEAL)
+
+
+def sealed_again(data, seal):
+    """Bytes with the seal that fits them, as a foreign program might write it."""
+    return data + seal.format(hashlib.sha256(data).hexdigest()).encode()
 
 
 FILES = {  # what: (file, loader, mutation, share of the mutations)
@@ -425,10 +436,16 @@ FILES = {  # what: (file, loader, mutation, share of the mutations)
     "audit-*.json": ("runs/decoded/audit-*.json", audited, mutate_json, 1),
     "best.pt, load": ("runs/test_resnet/best.pt", checkpoint, mutate, 3),
     "best.pt, peek": ("runs/test_resnet/best.pt", peeked, mutate, 2),
-    "student.ts, infer.py": ("student.ts", exported_for_infer, mutate, 2),
-    "student.ts, evaluate.py": ("student.ts", exported, mutate, 2),
-    "student.ts, an edit": ("student.ts", verdict, edit_metadata, 1),
+    "student.ts, infer.py": ("student.ts", partial(verdict, "student.ts"), mutate, 2),
+    "student.ts, evaluate.py": ("student.ts", partial(exported, "student.ts"), mutate, 2),
+    "student.ts, an edit": ("student.ts", partial(verdict, "student.ts"), edit_metadata, 1),
 }
+if ONNX:
+    FILES |= {
+        "student.onnx, infer.py": ("student.onnx", partial(verdict, "student.onnx"), mutate, 2),
+        "student.onnx, evaluate.py": ("student.onnx", partial(exported, "student.onnx"), mutate, 2),
+        "student.onnx, an edit": ("student.onnx", partial(verdict, "student.onnx"), edit_graph, 1),
+    }
 
 
 # ------------------------------------------------------------------------------------- processes
