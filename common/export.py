@@ -36,9 +36,8 @@ class Deployed(nn.Module):
     common.images.resize, operator for operator, so that a device sees what training saw.
     """
 
-    def __init__(self, classifier, trunk, view_size: int, temperature: float):
-        """trunk: normalised pixels -> features [B, C, h, w], in float32 or int8; the head stays in
-        float32."""
+    def __init__(self, classifier, trunk, view_size: int, temperature: float = 1.0):
+        """trunk: normalised pixels -> features [B, C, h, w]; it alone may compute in int8."""
         super().__init__()
         self.trunk, self.view_size, self.img_size = trunk, view_size, classifier.img_size
         head = classifier.backbone.fc
@@ -58,9 +57,9 @@ class Deployed(nn.Module):
             pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
         return pictures
 
-    def logits(self, frames: torch.Tensor) -> torch.Tensor:
-        """float32 [B, K], calibrated; frames: uint8 [B, 3, S, S]."""
-        pixels = frames.float()
+    def logits(self, pictures: torch.Tensor) -> torch.Tensor:
+        """float32 [B, K], calibrated."""
+        pixels = self.frames(pictures).float()
         if self.img_size != self.view_size:
             size = [self.img_size, self.img_size]
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
@@ -70,7 +69,7 @@ class Deployed(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """float32 [B, K], rows summing to 1."""
-        return F.softmax(self.logits(self.frames(pictures)), dim=1)
+        return F.softmax(self.logits(pictures), dim=1)
 
 
 def float_trunk(classifier):
@@ -129,7 +128,8 @@ def export_student(student, val, views, facts, limits, folder, onnx=False):
     }
 
     trunk = float_trunk(student)
-    float_logits = logits_of(student, trunk, val, side)
+    plain = Deployed(student, trunk, side)
+    float_logits = logits_of(plain.logits, val)
     metadata = measured(float_logits, labels, {**facts, "precision": "float32"}, limits)
     deployed = Deployed(student, trunk, side, metadata["temperature"])
     save_torchscript(deployed, metadata, folder / "student.ts")
@@ -140,7 +140,7 @@ def export_student(student, val, views, facts, limits, folder, onnx=False):
 
     path, facts = folder / "student.int8.ts", {**facts, "precision": "int8"}
     trunk = int8_trunk(student, views())
-    logits = logits_of(student, trunk, val, side)
+    logits = logits_of(Deployed(student, trunk, side).logits, val)
     loss = loss_of_int8(float_logits, logits, labels)
     if may_be_written(path, loss, len(labels), limits):
         metadata = measured(logits, labels, {**facts, **loss}, limits)
@@ -149,9 +149,8 @@ def export_student(student, val, views, facts, limits, folder, onnx=False):
         announce(path, metadata)
     if onnx:
         path = folder / "student.int8.onnx"
-        graph = onnx_file.graph_of(Deployed(student, float_trunk(student), side, temperature=1.0))
-        graph = onnx_file.quantised(graph, views())
-        logits = onnx_file.logits_of(graph, val)
+        graph = onnx_file.quantised(onnx_file.graph_of(plain), views())
+        logits = logits_of(onnx_file.logits_by(graph), val)
         loss = loss_of_int8(float_logits, logits, labels)
         if may_be_written(path, loss, len(labels), limits):
             metadata = measured(logits, labels, {**facts, **loss}, limits)
@@ -186,12 +185,11 @@ def may_be_written(path, loss, n, limits):
 
 
 @torch.inference_mode()
-def logits_of(student, trunk, pictures, view_size):
-    """float32 [N, K]: what the file with this trunk will say of pictures, before calibration."""
-    deployed = Deployed(student, trunk, view_size, temperature=1.0)
+def logits_of(network, pictures):
+    """float32 [N, K]; network: uint8 [B, S, S, 3] -> float32 [B, K]."""
     rows = np.arange(len(pictures.labels))
     batches = np.split(rows, range(BATCH, len(rows), BATCH))
-    return torch.cat([deployed.logits(deployed.frames(pictures.batch(b))) for b in batches])
+    return torch.cat([network(pictures.batch(batch)) for batch in batches])
 
 
 def measured(logits, labels, facts, limits):
@@ -286,10 +284,9 @@ def load_exported(path):
             raise ValueError(f"schema {metadata.get('schema')} instead of {SCHEMA}")
     except Exception as error:  # of many kinds
         reason = first_line(error, 300).removeprefix(f"{path}: ").removesuffix("; make it again")
-        name = "student.onnx" if onnx else "student.ts"
-        raise UserError(
-            f"{path}: not a {name} of this project ({reason}); export it with distill.py"
-        ) from None
+        kind = "student.onnx" if onnx else "student.ts"
+        message = f"{path}: not a {kind} of this project ({reason}); export it with distill.py"
+        raise UserError(message) from None
     return student, metadata
 
 

@@ -21,7 +21,6 @@ from common.files import ONNX_SEAL, check_seal, sealed
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUANTISED = ["Conv", "Relu", "Add", "MaxPool"]  # the head stays in float32
 TOLERANCE = 1e-4  # of a probability, between the eager model and the file
-BATCH = 64
 
 
 def require_packages(names=PACKAGES):
@@ -100,13 +99,10 @@ def set_temperature(model, temperature):
             each.CopyFrom(numpy_helper.from_array(value, each.name))
 
 
-def logits_of(model, pictures):
-    """float32 [N, K]: log p of pictures at the view size, which are logits up to a constant."""
+def logits_by(model):
+    """A function from uint8 frames [B, S, S, 3] to log p, logits up to a constant of each row."""
     session = session_of(model.SerializeToString())
-    rows = np.arange(len(pictures.labels))
-    batches = np.split(rows, range(BATCH, len(rows), BATCH))
-    p = torch.cat([probabilities(session, pictures.batch(batch)) for batch in batches])
-    return p.clamp(min=1e-30).log()
+    return lambda frames: probabilities(session, frames).clamp(min=1e-30).log()
 
 
 def session_of(data):

@@ -33,10 +33,8 @@ from common.views import batch_plan
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
-WRITTEN = (
-    "last.pt", "best.pt", "log.csv",
-    "student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx",
-)
+EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
+WRITTEN = ("last.pt", "best.pt", "log.csv", *EXPORTED)
 
 
 @dataclass(frozen=True)
