@@ -99,13 +99,14 @@ def make_pictures(folder, per_class, classes=("good", "hole", "scratch"), side=6
     patterns = [np.array(Image.fromarray(each).resize((side, side), 3)) for each in coarse]
     grain = rng.integers(0, 80, 2**22, dtype=np.uint8)  # pieces of it are faster than new numbers
     size = patterns[0].size
+    starts = iter(rng.permutation(len(grain) - size))
     for name, count in per_class.items():
         for pattern, label in zip(patterns, classes):
             home = folder / name / ("" if name == "unlabelled" else label)
             home.mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 moved = np.roll(pattern, rng.integers(0, side // 4, 2), (0, 1))
-                start = rng.integers(0, len(grain) - size)
+                start = next(starts)
                 own = grain[start:start + size].reshape(pattern.shape)
                 Image.fromarray(moved + own).save(home / f"{label}_{number:06d}.jpg", quality=90)
 
