@@ -5,7 +5,7 @@
 
 A chain of tiny pictures and networks runs once undisturbed, each script on what the ones before it
 left. Then each script runs again on that, is killed (SIGKILL) at a moment drawn uniformly from its
-duration, and is continued as a user would: with --resume where a last.pt is there, else by starting
+duration, and is continued as a user would: with --resume where best.pt or last.pt is there, else by starting
 it again. Every other continuation is killed too. What it wrote in the end must be what the
 undisturbed run wrote: weights, logits, predictions, verdicts, all numbers but seconds.
 
@@ -110,8 +110,8 @@ def count_lines():
 
 
 def continue_words(script):
-    """How a user continues: with --resume where the script has it and there is a last.pt."""
-    pattern = {"train_teacher.py": "runs/test_*/last.pt", "distill.py": "runs/student/last.pt"}
+    """How a user continues: with --resume where the script has it and a run has left files."""
+    pattern = {"train_teacher.py": "runs/test_*/*.pt", "distill.py": "runs/student/*.pt"}
     there = script in pattern and any(Path().glob(pattern[script]))
     return ("--resume",) if there else ()
 
