@@ -5,9 +5,9 @@
 
 A chain of tiny pictures and networks runs once undisturbed, each script on what the ones before it
 left. Then each script runs again on that, is killed (SIGKILL) at a moment drawn uniformly from its
-duration, and is continued as a user would: with --resume where best.pt or last.pt is there, else by starting
-it again. Every other continuation is killed too. What it wrote in the end must be what the
-undisturbed run wrote: weights, logits, predictions, verdicts, all numbers but seconds.
+duration, and is continued as a user would: with --resume where a run has left best.pt or last.pt,
+else by starting it again. Every other continuation is killed too. What it wrote in the end must be
+what the undisturbed run wrote: weights, logits, predictions, verdicts, all numbers but seconds.
 
 A first run, "control", is not killed at all: it shows that the comparison is one of equals. The
 scripts run in forked processes that have imported torch already, so that no kill is spent on
