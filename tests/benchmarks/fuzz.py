@@ -188,11 +188,11 @@ def mutate_json(data, others, rng):
             break
         at = at[key]
     number = at[key] if isinstance(at[key], int | float) else 1
-    others = (None, [], {}, -1, "x", 1e308, float("nan"), True, [[]], number * 1.001, number + 1)
+    values = (None, [], {}, -1, "x", 1e308, float("nan"), True, [[]], number * 1.001, number + 1)
     if rng.random() < 0.3:
         del at[key]
     else:
-        at[key] = others[rng.integers(len(others))]
+        at[key] = values[rng.integers(len(values))]
     damaged = json.dumps(value, indent=1).encode() + b"\n"
     return damaged if damaged != data else mutate_json(data, others, rng)
 
