@@ -195,8 +195,8 @@ def load_onnx(data, threads):
 
     check_seal(data, SEALS[".onnx"])
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads = threads or os.cpu_count()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others work as well
+    options.intra_op_num_threads = threads or 0  # 0: one for each core
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits, sleeps
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     metadata = json.loads(session.get_modelmeta().custom_metadata_map["metadata.json"])
     side = metadata["view_size"]
@@ -206,7 +206,8 @@ def load_onnx(data, threads):
         frames = np.stack([resize(picture, side) for picture in pictures])
         return session.run(None, {"pictures": frames})[0]
 
-    return student, metadata, f"onnxruntime {onnxruntime.__version__}, {threads} threads"
+    runtime = f"onnxruntime {onnxruntime.__version__}, {threads or 'default'} threads"
+    return student, metadata, runtime
 
 
 def check_seal(data, size):
