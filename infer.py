@@ -136,8 +136,7 @@ def load_student(path, sha256=None, threads=None):
     if not path.is_file():
         fail(f"{path}: no such file; distill.py writes it")
     data = path.read_bytes()  # once, so that what is loaded is what was checked
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 and found != sha256.lower():
+    if sha256 and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
         fail(f"{path}: its sha256 is {found}, not {sha256}; copy the file again")
     try:
         load = load_onnx if path.suffix == ".onnx" else load_torchscript
