@@ -19,12 +19,11 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from common import onnx_file
 from common.calibration import fit_temperature
 from common.errors import UserError, first_line
-from common.files import check_seal, file_sha256, sealed, versions
+from common.files import EXPORTED, check_seal, file_sha256, sealed, versions
 from common.metrics import score
 from common.threshold import choose_threshold, describe
 
 SCHEMA = 4
-FILES = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
 TOLERANCE = 1e-4  # of a probability, between the eager model and the file
 BATCH = 64
 
@@ -116,7 +115,7 @@ def export_student(student, val, views, facts, limits, folder, onnx=False):
     metadata says beside measurements, with view_size, classes and good_class (or None); limits:
     `Limits`; onnx: whether to write student.onnx and student.int8.onnx too.
     """
-    for name in FILES:  # so that all are always of one export
+    for name in EXPORTED:  # so that all are always of one export
         (folder / name).unlink(missing_ok=True)
     side, labels = facts["view_size"], val.labels
     facts = {
@@ -130,58 +129,51 @@ def export_student(student, val, views, facts, limits, folder, onnx=False):
     trunk = float_trunk(student)
     plain = Deployed(student, trunk, side)
     float_logits = logits_of(plain.logits, val)
-    metadata = measured(float_logits, labels, {**facts, "precision": "float32"}, limits)
-    deployed = Deployed(student, trunk, side, metadata["temperature"])
-    save_torchscript(deployed, metadata, folder / "student.ts")
-    announce(folder / "student.ts", metadata)
-    if onnx:
-        onnx_file.save(onnx_file.graph_of(deployed), metadata, folder / "student.onnx", deployed)
-        announce(folder / "student.onnx", metadata)
+    floats = measured(float_logits, labels, {**facts, "precision": "float32"}, limits)
+    calibrated = Deployed(student, trunk, side, floats["temperature"])
+    save_torchscript(calibrated, floats, folder / "student.ts")
+    announce(folder / "student.ts", floats)
 
-    path, facts = folder / "student.int8.ts", {**facts, "precision": "int8"}
-    trunk = int8_trunk(student, views())
+    path, trunk = folder / "student.int8.ts", int8_trunk(student, views())
     logits = logits_of(Deployed(student, trunk, side).logits, val)
-    loss = loss_of_int8(float_logits, logits, labels)
-    if may_be_written(path, loss, len(labels), limits):
-        metadata = measured(logits, labels, {**facts, **loss}, limits)
-        deployed = Deployed(student, trunk, side, metadata["temperature"])
-        save_torchscript(deployed, metadata, path)
+    metadata = measured_int8(path, logits, float_logits, labels, facts, limits)
+    if metadata:
+        save_torchscript(Deployed(student, trunk, side, metadata["temperature"]), metadata, path)
         announce(path, metadata)
-    if onnx:
-        path = folder / "student.int8.onnx"
-        graph = onnx_file.quantised(onnx_file.graph_of(plain), views())
-        logits = logits_of(onnx_file.logits_by(graph), val)
-        loss = loss_of_int8(float_logits, logits, labels)
-        if may_be_written(path, loss, len(labels), limits):
-            metadata = measured(logits, labels, {**facts, **loss}, limits)
-            onnx_file.set_temperature(graph, metadata["temperature"])
-            onnx_file.save(graph, metadata, path)
-            announce(path, metadata)
+    if not onnx:
+        return
+
+    graph = onnx_file.graph_of(plain)
+    int8_graph = onnx_file.quantised(graph, views())
+    onnx_file.set_temperature(graph, floats["temperature"])
+    onnx_file.save(graph, floats, folder / "student.onnx", calibrated)
+    announce(folder / "student.onnx", floats)
+
+    path, logits = folder / "student.int8.onnx", logits_of(onnx_file.logits_by(int8_graph), val)
+    metadata = measured_int8(path, logits, float_logits, labels, facts, limits)
+    if metadata:
+        onnx_file.set_temperature(int8_graph, metadata["temperature"])
+        onnx_file.save(int8_graph, metadata, path)
+        announce(path, metadata)
 
 
-def loss_of_int8(float_logits, int8_logits, labels):
-    """{"int8_drop": points of accuracy, "int8_disagreement": share of decisions} on validation."""
-    decisions, its_own = float_logits.argmax(1), int8_logits.argmax(1)
+def measured_int8(path, logits, float_logits, labels, facts, limits):
+    """Print what an int8 file loses on validation; `measured`, or None where it is too much."""
+    decisions, its_own = float_logits.argmax(1), logits.argmax(1)
     lost = int((decisions == labels).sum() - (its_own == labels).sum())
-    differ = float((decisions != its_own).float().mean())
-    return {"int8_drop": 100 * lost / len(labels), "int8_disagreement": differ}
-
-
-def may_be_written(path, loss, n, limits):
-    """Print what an int8 file loses of n validation pictures; whether that is little enough."""
-    drop = loss["int8_drop"]
-    lost = round(drop * n / 100)
+    drop, differ = 100 * lost / len(labels), float((decisions != its_own).float().mean())
     print(
-        f"{path}: {drop:+.1f} points of val accuracy lost ({lost} of {n} pictures), "
-        f"{100 * loss['int8_disagreement']:.1f} % of val decisions differ from float32's"
+        f"{path}: {drop:+.1f} points of val accuracy lost ({lost} of {len(labels)} pictures), "
+        f"{100 * differ:.1f} % of val decisions differ from float32's"
     )
-    if lost <= 1 or drop <= limits.max_int8_drop:  # a single picture is chance
-        return True
-    print(
-        f"{path} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
-        "use the float32 file or allow a larger drop"
-    )
-    return False
+    if lost > 1 and drop > limits.max_int8_drop:  # a single picture is chance
+        print(
+            f"{path} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
+            "use the float32 file or allow a larger drop"
+        )
+        return None
+    facts = {**facts, "precision": "int8", "int8_drop": drop, "int8_disagreement": differ}
+    return measured(logits, labels, facts, limits)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from pathlib import Path
 from common.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
+EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
 # What a sealed file ends with. It is the end of a JSON object, so that JSON stays JSON; numpy,
 # torch and zip files are read as before, since their readers do not look behind their data.
 SEAL = ',\n "sha256_of_all_above": "{}"\n}}\n'

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import distributed
 from common.checkpoints import load, save, weights_sha256
 from common.errors import UserError, require_same
-from common.files import atomic_path
+from common.files import EXPORTED, atomic_path
 from common.metrics import balanced_number, good_enough, score
 from common.models import precision, predict
 from common.views import batch_plan
@@ -33,7 +33,6 @@ from common.views import batch_plan
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
-EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
 WRITTEN = ("last.pt", "best.pt", "log.csv", *EXPORTED)
 
 

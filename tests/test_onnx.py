@@ -1,5 +1,6 @@
 """The exported student as ONNX: the same answers, and a device that needs no torch."""
 
+import copy
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import infer
 from common import export, onnx_file, splits
 from common.checkpoints import load
 from common.errors import UserError
-from common.files import ONNX_SEAL, SEAL, sealed
+from common.files import EXPORTED, ONNX_SEAL, SEAL, sealed
 from common.images import DecodedCache
 
 for name in onnx_file.PACKAGES:
@@ -180,7 +181,7 @@ def test_infer_knows_the_length_of_both_seals():
 def test_a_second_export_is_the_same_to_the_byte(edge, tiny, tmp_path):
     shutil.copytree(edge, tmp_path / "again")
     export_again(tmp_path / "again", tiny.root)
-    for name in export.FILES:
+    for name in EXPORTED:
         assert (tmp_path / "again" / name).read_bytes() == (edge / name).read_bytes(), name
 
 
@@ -191,14 +192,15 @@ def test_an_int8_graph_that_loses_too_much_is_not_written(
     shutil.copytree(edge, tmp_path / "s")
 
     def broken(graph, views):
+        graph = copy.deepcopy(graph)
         onnx_file.set_temperature(graph, -1.0)  # now it names the least likely class
         return graph
 
     monkeypatch.setattr(onnx_file, "quantised", broken)
     assert call(distill.main, "--resume", "--onnx", "--output", tmp_path / "s", *STUDENT) == 0
     assert "student.int8.onnx not written" in capsys.readouterr().out
-    kept = {name for name in export.FILES if (tmp_path / "s" / name).is_file()}
-    assert kept == set(export.FILES) - {"student.int8.onnx"}
+    kept = {name for name in EXPORTED if (tmp_path / "s" / name).is_file()}
+    assert kept == set(EXPORTED) - {"student.int8.onnx"}
 
 
 def test_missing_packages_are_named_before_any_work(tiny, tmp_path, monkeypatch, capsys):
