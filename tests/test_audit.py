@@ -5,14 +5,18 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, RECORD, call
+from conftest import CPU, DATASET, call
 from PIL import Image, ImageEnhance
 
 import build_ensemble
 import evaluate
-from common import audit, duplicates, labels, shortcuts, splits
-from common.images import DecodedCache
-from common.synthetic import CLASSES, draw
+from common import splits
+from common.audit import audit, audit_lines, find_copies, propose_groups
+from common.audit import label_errors as errors
+from common.audit import near_duplicates as near
+from common.audit.shortcuts import ridge
+from common.fasteners.drawing import CLASSES, draw
+from common.pictures import DecodedCache
 
 CHANGES = {
     "encoded again": lambda im: encoded(im, "JPEG", quality=75),
@@ -53,28 +57,37 @@ def put(folder, number, image, name=None):
     image.save(folder / f"{number:03d}.png")
 
 
-def sets_of(root, side=128):
-    cache, record = DecodedCache(root / "decoded"), {**RECORD, "view_size": side}
-    return {name: splits.open_labelled(cache, root / name, record)[1] for name in ("train", "test")}
+def sets_of(root, size=128):
+    cache, dataset = DecodedCache(root / "decoded"), {**DATASET, "view_size": size}
+    opened = {name: splits.open_labelled(cache, root / name, dataset) for name in ("train", "test")}
+    return {name: pictures for name, (_, pictures) in opened.items()}
 
 
-def found_in(root, side=128):
-    return "\n".join(audit.describe(audit.audit(sets_of(root, side), root / "decoded"), CLASSES))
+def audited(root, classes, size=128):
+    return "\n".join(audit_lines(audit(sets_of(root, size), root / "decoded"), classes))
 
 
 def test_changed_copies_are_found_and_parts_that_look_alike_are_not(planted):
-    copies, conflicts = audit.find_copies(sets_of(planted))
+    copies, conflicts = find_copies(sets_of(planted)).values()
     pairs = {(copy["picture"][-7:-4], copy["of"][-7:-4]) for copy in copies}
     assert pairs == {(f"{100 + n}", f"{n:03d}") for n in range(6)}
     assert {c["kind"] for c in copies} == {"near"} and not conflicts
 
 
-@pytest.mark.parametrize("side, words", [
-    (128, "of test are nearly copies of"),
-    (64, "of test are perhaps nearly copies (at 64 px"),
+def test_near_duplicates_are_found_within_a_set_too(planted):
+    pictures = sets_of(planted)["train"] + sets_of(planted)["test"]
+    across = near.near_duplicates(pictures, np.repeat([0, 24], [24, 18]))
+    within = near.near_duplicates(pictures, np.arange(42))
+    assert len(across) == 6
+    assert [pair[:2] for pair in within] == [pair[:2] for pair in across]
+
+
+@pytest.mark.parametrize("size, words", [
+    (128, "of test are near-duplicates of"),
+    (64, "of test are perhaps near-duplicates (at 64 px"),
 ])
-def test_near_copies_are_called_perhaps_so_where_pictures_are_coarse(planted, side, words):
-    assert words in found_in(planted, side)
+def test_near_duplicates_are_called_perhaps_so_where_pictures_are_coarse(planted, size, words):
+    assert words in audited(planted, CLASSES, size)
 
 
 def test_equal_bytes_equal_pixels_and_differing_labels_are_told_apart(tmp_path):
@@ -87,51 +100,50 @@ def test_equal_bytes_equal_pixels_and_differing_labels_are_told_apart(tmp_path):
     with Image.open(next((tmp_path / "train" / "good").glob("*.png"))) as image:
         image.save(tmp_path / "test" / "rusted" / "same_pixels.bmp")
     (tmp_path / "train" / "rusted" / "twin.png").write_bytes(file.read_bytes())
-    sets = sets_of(tmp_path)
-    copies, conflicts = audit.find_copies(sets)
+    copies, conflicts = find_copies(sets_of(tmp_path)).values()
     kinds = {copy["picture"]: copy["kind"] for copy in copies}
     assert kinds == {"test/bent/same_bytes.png": "bytes", "test/rusted/same_pixels.bmp": "pixels"}
     (conflict,) = conflicts
     assert conflict["set"] == "train" and conflict["picture"] == "train/rusted/twin.png"
     assert conflict["of"] == f"train/bent/{file.name}"
-    text = found_in(tmp_path)
+    text = audited(tmp_path, CLASSES)
     assert "1 of 8 pictures of test are byte for byte in train" in text
     assert "different labels" in text
 
 
 def test_descriptors_do_not_change_with_symmetry_brightness_and_contrast():
     thumbnails = torch.rand(5, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = duplicates.descriptors(thumbnails)
-    for turned in duplicates.symmetries(thumbnails):
-        assert torch.allclose(duplicates.descriptors(3 * turned + 7), expected, atol=1e-5)
+    expected = near.descriptors(thumbnails)
+    for turned in near.symmetries(thumbnails):
+        assert torch.allclose(near.descriptors(3 * turned + 7), expected, atol=1e-5)
     assert (expected @ expected.T - torch.eye(5)).max() < 0.999
 
 
 def test_likeness_is_one_for_equal_detail_and_low_for_other_detail():
     noise = 255 * torch.rand(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
-    paler = duplicates.likeness(noise[0], 0.5 * noise[0] + 30)
+    paler = near.likeness(noise[0], 0.5 * noise[0] + 30)
     assert torch.allclose(paler, torch.ones(4), atol=1e-2)
     shifted = torch.roll(noise[0], (3, -2), (1, 2))
-    assert duplicates.likeness(noise[0], shifted).min() > 0.8
-    assert duplicates.likeness(noise[0], noise[1]).max() < 0.3
+    assert near.likeness(noise[0], shifted).min() > 0.8
+    assert near.likeness(noise[0], noise[1]).max() < 0.3
 
 
 def test_class_balanced_ridge_sees_through_a_large_class():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [450, 50])
     x = (labels + rng.normal(0, 0.7, 500))[:, None]
-    answer = shortcuts.ridge(x, labels, [x])[0].argmax(1)
+    answer = ridge(x, labels, [x])[0].argmax(1)
     recalls = [(answer[labels == c] == c).mean() for c in (0, 1)]
     assert min(recalls) > 0.65  # unbalanced, the small class would be missed
 
 
 def test_group_proposals_follow_file_names():
     crops = [f"train/hole/{photo}_{part}.jpg" for photo in range(30) for part in range(4)]
-    proposal = audit.propose_groups(crops)
+    proposal = propose_groups(crops)
     assert proposal["groups"] == 30 and proposal["largest"] == 4
     assert len(set(splits.groups_of(crops, proposal["group_regex"]))) == 30
     for name in ("", "img_"):
-        assert audit.propose_groups([f"train/good/{name}{n:04d}.png" for n in range(100)]) is None
+        assert propose_groups([f"train/good/{name}{n:04d}.png" for n in range(100)]) is None
 
 
 def test_a_shortcut_and_a_small_class_are_named(tmp_path):
@@ -140,43 +152,54 @@ def test_a_shortcut_and_a_small_class_are_named(tmp_path):
         image[..., 0] = image[..., 0] // 2 + 120 * good
         folder = tmp_path / ("train" if number < 16 else "test")
         put(folder, number, Image.fromarray(image), "good" if good else "bad")
-    found = audit.audit(sets_of(tmp_path), tmp_path / "decoded")
-    text = "\n".join(audit.describe(found, ["bad", "good"]))
+    text = audited(tmp_path, ["bad", "good"])
     assert "shortcut: mean colour alone gives 100 % balanced accuracy on test" in text
     assert "test: fewer than 10 pictures of bad (4), good (4)" in text
 
 
-def test_labels_that_all_teachers_reject_are_ranked_by_doubt():
-    its = np.array([0, 0, 0, 1, 1, 1, 1])
+def test_labels_that_all_teachers_reject_are_ranked_the_surest_first():
+    labels = np.array([0, 0, 0, 1, 1, 1, 1])
     p = [0.9, 0.8, 0.1, 0.2, 0.1, 0.55, 0.7]  # of class 0
     q = [0.9, 0.7, 0.05, 0.1, 0.1, 0.45, 0.6]
     answers = [np.array([[v, 1 - v] for v in values]) for values in (p, q)]
-    found = labels.doubtful_labels(answers, its)
+    ranked = errors.label_errors(answers, labels)
     # The teachers disagree about row 5.
-    assert [(doubt["row"], doubt["suggested"]) for doubt in found] == [(2, 1), (6, 0)]
-    assert [doubt["probability"] for doubt in found] == pytest.approx([0.925, 0.65])
-    assert labels.doubtful_labels([], its) == []
+    assert [(error["row"], error["suggested"]) for error in ranked] == [(2, 1), (6, 0)]
+    assert [error["probability"] for error in ranked] == pytest.approx([0.925, 0.65])
+    assert errors.label_errors([], labels) == []
+
+
+def test_stored_label_errors_are_left_out_where_the_pictures_are_others(planted):
+    sets = sets_of(planted)
+    here = [{"row": 2, "picture": sets["train"].path(2)}]
+    elsewhere = [{"row": 99, "picture": "val/good/002.png"}]
+    stored = [{"train": here}, {"test": elsewhere, "val": here}]
+    assert errors.label_errors_of_sets(stored, sets, {}, {}) == {"train": here}
+    answers = {"test": [np.eye(6)[np.zeros(len(sets["test"]), int)]]}
+    (of_test,) = errors.label_errors_of_sets([], sets, {"test": sets["test"]}, answers).values()
+    assert len(of_test) == (sets["test"].labels != 0).sum()
+    assert of_test[0]["picture"] == sets["test"].path(of_test[0]["row"])
 
 
 def test_neighbours_outvote_a_wrong_label_but_not_a_rare_class():
     centres = torch.eye(3).repeat_interleave(torch.tensor([40, 40, 4]), 0)
     features = centres + 0.1 * torch.rand(84, 3, generator=torch.Generator().manual_seed(0))
-    its = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
-    its[5], its[50] = 1, 0
-    votes = labels.neighbour_votes(features, its, 3)
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
+    labels[5], labels[50] = 1, 0
+    votes = errors.neighbour_votes(features, labels, 3)
     assert torch.allclose(votes.sum(1), torch.ones(84))
-    found = labels.doubtful_labels([votes.numpy()], its.numpy())
-    assert {(doubt["row"], doubt["suggested"]) for doubt in found} == {(5, 0), (50, 1)}
+    named = errors.label_errors([votes.numpy()], labels.numpy())
+    assert {(error["row"], error["suggested"]) for error in named} == {(5, 0), (50, 1)}
 
 
 def test_among_many_pictures_a_sample_votes_and_nobody_votes_for_itself(monkeypatch):
-    monkeypatch.setattr(labels, "REFERENCES", 60)
+    monkeypatch.setattr(errors, "REFERENCES", 60)
     centres = torch.eye(2).repeat_interleave(100, 0)
     features = centres + 0.1 * torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
-    its = torch.tensor([0] * 100 + [1] * 100)
+    labels = torch.tensor([0] * 100 + [1] * 100)
     wrong = torch.arange(0, 200, 20)
-    its[wrong] = 1 - its[wrong]
-    votes = labels.neighbour_votes(features, its, 2)
+    labels[wrong] = 1 - labels[wrong]
+    votes = errors.neighbour_votes(features, labels, 2)
     assert votes.argmax(1).tolist() == [0] * 100 + [1] * 100
 
 
@@ -184,7 +207,7 @@ def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd)
     copy = inside.data / "unlabelled" / "z_copy.png"
     copy.write_bytes((inside.data / "test" / "level" / "l000.png").read_bytes())
     try:
-        words = ("--views", 1, "--output", tmp_path / "e")
+        words = ("--views", 1, "--allow-leakage", "--output", tmp_path / "e")
         assert call(build_ensemble.main, *words, *CPU) == 0
         words = ("--test-dirs", "parts/test", "parts/train", "--output", tmp_path / "r")
         assert call(evaluate.main, tmp_path / "e", *words, *CPU) == 0
