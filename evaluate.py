@@ -1,42 +1,43 @@
 """Stage 4: measure any mix of teachers, ensembles, students and exported files on any test sets.
 
-    python evaluate.py --baseline runs/alone/best.pt   # everything under runs/, every test* folder
+    python evaluate.py --baseline runs/alone/model.pt   # everything under runs/, every test* folder
     python evaluate.py runs/student/student.ts --data-dir my_parts
-    python evaluate.py runs/ensemble runs/student/best.pt --test-dirs line_1 line_2
+    python evaluate.py runs/ensemble runs/student/model.pt --test-dirs line_1 line_2
 
-Reads   models: best.pt of a teacher or student, a folder of build_ensemble.py, a student.ts
+Reads   models: model.pt of a teacher or student, a folder of build_ensemble.py, a .ts or .onnx file
         test sets: DIR/test*/<class>/*, or the folders named with --test-dirs
 Writes  runs/report/report.html       the page to look at: answer, tables, mistakes, audit
         runs/report/metrics.json      every number on it, confusion matrices, provenance
         runs/report/predictions.csv   a row per model, test set and picture
 
-The headline is the mean accuracy over the test sets. Brackets are 95 % bootstrap intervals over
-test pictures; they do not hold the spread between training runs: train several seeds for that.
+The headline is the mean accuracy over the test sets. Brackets are 95 % intervals over test
+pictures: Wilson's of a share, the bootstrap's of a difference, while the exact sign test decides
+what is better. They do not hold what differs between training runs: train several seeds for that.
 """
 
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import audit, cli, folders, labels, metrics, report, splits, tables
-from common.errors import UserError, require_same
-from common.files import exclusive, file_sha256, save_json, versions, written_together
+from common import audit, cli, export, metrics, models, report, splits
+from common.audit.label_errors import label_errors_of_sets
+from common.ensemble import load_ensemble
+from common.files import UserError, exclusive, file_sha256, require_same, versions, written_together
 from common.losses import product_of_experts
-from common.subjects import find_models, measure, open_subject
-from common.threshold import rates
 
-PROVENANCE = (
-    "weights_sha256", "ensemble_sha256", "data_fingerprint", "teachers", "data", "args", "versions",
-)
+MADE_FROM = "weights_sha256 ensemble_sha256 data_fingerprint teachers dataset args versions".split()
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
     p.add_argument("model", nargs="*",
-                   help="best.pt, ensemble folder or .ts (default: all under runs/, but for the "
-                   "exported files of a stand-alone student)")
+                   help="model.pt, ensemble folder, .ts or .onnx (default: all under runs/, but "
+                   "for the exported files of a stand-alone student)")
     p.add_argument("--baseline", metavar="MODEL", help="model that all others are compared with")
     p.add_argument("--data-dir",
                    help="its test* folders are the test sets (default: where the first model found "
@@ -45,242 +46,252 @@ def parse_arguments():
                    help="test sets by name, instead of --data-dir's")
     p.add_argument("--skip-audit", action="store_true",
                    help="do not look for copies and shortcuts in the pictures")
-    p.add_argument("--output", default="runs/report", help="folder to write")
+    p.add_argument("--output", default="runs/report", help="folder to write (default: %(default)s)")
     p.add_argument("-b", "--batch-size", type=cli.positive_int, default=64,
-                   help="pictures per forward pass")
-    cli.add_device_flag(p)
-    cli.add_reading_flags(p)
+                   help="pictures per forward pass (default: %(default)s)")
+    cli.add_common_flags(p)
     return p.parse_args()
 
 
 def main():
-    watch, args = cli.Stopwatch(), parse_arguments()
+    args = parse_arguments()
     with exclusive(args.output):
-        report_on_all(args, watch)
-    print(watch)
+        evaluate(args)
+    cli.print_laps()
 
 
-def report_on_all(args, watch):
-    """Measure every model on every test set, look for doubts, and write the report."""
-    names, baseline = name_models(args)
-    device = cli.pick_device(args.device)
-
+def evaluate(args):
+    """Measure every model on every test set, audit the pictures, and write the report."""
     # What is to be measured, on what.
-    subjects = open_subjects(names)
-    first = subjects[names[0]].pictures
-    known = [subject.data for subject in subjects.values() if subject.data]
-    tests = open_tests(subjects, known, args)
-    pictures = tests[first["view_size"], first["white_level"]]
-    watch.lap("pictures")
+    names, baseline = name_models(args.model or find_models(), args.baseline)
+    device, cache = cli.pick_device(args.device), cli.decoded_cache(args)
+    tested = {name: open_model(Path(name)) for name in names}
+    first = tested[names[0]]
+    for name, model in tested.items():
+        classes = [{"classes": each.dataset["classes"]} for each in (first, model)]
+        require_same(*classes, f"{name} against {names[0]}", "compare models of the same classes")
+    dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
+    folders = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
+    wanted = {model.reading: model.dataset for model in tested.values()}
+    tests = {reading: splits.open_tests(cache, folders, each) for reading, each in wanted.items()}
+    pictures = tests[first.reading]
+    cli.lap("pictures")
 
     # Can the pictures be trusted?
-    found, lines = None, []
-    audited = {} if args.skip_audit else training_sets(known, subjects, args)
+    audited, findings, lines = {}, None, []
+    if not args.skip_audit:
+        specs = [model.header for model in tested.values() if model.kind == "ensemble"]
+        moved_to = None if args.test_dirs else args.data_dir
+        audited = audit.open_training_sets(cache, dataset, specs, moved_to)
     if audited:
-        audited = {**audited, **pictures}
-        found = audit.audit(audited, cli.CACHE)
-        lines = audit.describe(found, first["classes"], known[0]["group_regex"])
+        audited |= pictures
+        findings = audit.audit(audited, cli.CACHE)
+        lines = audit.audit_lines(findings, first.dataset["classes"], dataset["group_regex"])
     print("".join(f"audit: {line}\n" for line in lines), end="")
-    watch.lap("audit")
+    cli.lap("audit")
 
     # What do the models say, and which is better?
-    results, answers = evaluate(subjects, tests, device, args.batch_size)
-    watch.lap("models")
-    if baseline:
-        compare(results, answers, baseline, pictures)
-    add_agreement(results, answers)
-    tables.print_table(results, list(pictures), baseline)
-    tables.print_operating_points(results)
-    findings = {
+    results, answers = run_models(tested, tests, device, args.batch_size)
+    report.compare(results, answers, pictures, baseline)
+    cli.lap("models")
+    summary = {
         "models": results,
-        "classes": first["classes"],
+        "classes": first.dataset["classes"],
         "baseline": baseline,
-        "audit": found,
+        "audit": findings,
         "audit_lines": lines,
-        "doubtful": doubtful_labels(subjects, answers, pictures, audited),
+        "label_errors": find_label_errors(tested, answers, pictures, audited),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "args": cli.plain(args),
+        "args": vars(args),
         "versions": versions(),
-        "test_sets": describe_sets(pictures),
+        "test_sets": {
+            name: {"folder": str(each.parts[0].folder), "fingerprint": each.fingerprint()}
+            for name, each in pictures.items()
+        },
     }
-    with written_together(args.output) as folder:
-        save_json(findings, folder / "metrics.json")
-        tables.write_predictions(answers, pictures, first["classes"], folder / "predictions.csv")
-        report.write(findings, answers, pictures, audited, folder / "report.html")
-    watch.lap("report")
+    report.tables.print_tables(summary)
+    with written_together(args.output, report.FILES) as folder:
+        report.write(summary, answers, pictures, audited, folder)
+    cli.lap("report")
     print(f"{Path(args.output) / 'report.html'}, metrics.json, predictions.csv")
 
 
-def name_models(args):
+def find_label_errors(tested, answers, pictures, audited):
+    """{set: label errors}: of train and val as build_ensemble.py found them, of tests anew."""
+    stored = [model.header.get("label_errors", {}) for model in tested.values()]
+    teachers = [name for name, model in tested.items() if model.kind == "teacher"]
+    theirs = {name: [answers[teacher, name] for teacher in teachers] for name in pictures}
+    return label_errors_of_sets(stored, audited, pictures, theirs)
+
+
+# --------------------------------------------------------------------------- models and test sets
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model under test, not loaded yet.
+
+    kind: teacher, student, ensemble or exported; header: what it says of itself, a checkpoint's
+    state, an ensemble's spec or an exported file's metadata; dataset: of its training, of which an
+    exported file knows classes, view_size and white_level alone. An ensemble has a file per
+    teacher, with temperatures and weights; any other model is one file.
+    """
+
+    kind: str
+    header: dict
+    dataset: dict
+    files: list
+    temperatures: tuple = (1.0,)
+    weights: tuple = (1.0,)
+
+    @property
+    def reading(self):
+        """How it wants pictures to be read: (view size, white level)."""
+        return self.dataset["view_size"], self.dataset["white_level"]
+
+
+def find_models():
+    """Paths of everything under runs/ worth comparing; leaves out .onnx files that cannot run."""
+    headers = {path: models.read_header(path) for path in sorted(Path("runs").glob("*/model.pt"))}
+    students = [path for path, header in headers.items() if header["kind"] == "student"]
+    paths = [path for path in headers if path not in students]
+    paths += [path.parent for path in sorted(Path("runs").glob("*/ensemble.json"))]
+    paths += students
+    for path in students:
+        if headers[path]["args"]["alpha"]:  # a stand-alone student is a baseline; nobody ships it
+            paths += sorted(path.parent.glob("*.ts")) + sorted(path.parent.glob("*.onnx"))
+    onnx = [path for path in paths if path.suffix == ".onnx"]
+    if onnx and find_spec("onnxruntime") is None:
+        paths = [path for path in paths if path not in onnx]
+        print(f"left out {', '.join(map(str, onnx))}: pip install onnxruntime to measure them too")
+    if not paths:
+        raise UserError("no models under runs/; train some or name their paths")
+    return paths
+
+
+def name_models(paths, baseline):
     """(names, baseline) of the models to measure; the baseline is one of them, or None."""
-    names = [Path(name).as_posix() for name in args.model or find_models()]
-    baseline = Path(args.baseline).as_posix() if args.baseline else None
-    if baseline:
-        same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
-        baseline = same[0] if same else baseline
-        names = names if same else [baseline, *names]
-    return names, baseline
+    names = [Path(path).as_posix() for path in paths]
+    if baseline is None:
+        return names, None
+    same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
+    baseline = Path(baseline).as_posix()
+    return (names, same[0]) if same else ([baseline, *names], baseline)
 
 
-def open_subjects(names):
-    """{name: `Subject`}. Raises UserError where one is for other classes."""
-    subjects = {name: open_subject(name) for name in names}
-    classes = subjects[names[0]].pictures["classes"]
-    for name, subject in subjects.items():
-        require_same(
-            {"classes": classes},
-            {"classes": subject.pictures["classes"]},
-            f"{name} against {names[0]}",
-            "models are compared on the same classes",
+def open_model(path):
+    """The `Model` at a path. Raises UserError for what is none of this project."""
+    if path.is_dir():
+        spec = load_ensemble(path)
+        files = [Path(teacher["path"]) for teacher in spec["teachers"]]
+        for file, teacher in zip(files, spec["teachers"]):
+            weights = models.read_header(file)["weights_sha256"] if file.is_file() else None
+            if weights != teacher["weights_sha256"]:
+                raise UserError(
+                    f"{path}: its teacher {file} is missing or was trained again; "
+                    "build the ensemble again"
+                )
+        combination = spec["temperatures"], spec["weights"]
+        return Model("ensemble", spec, spec["dataset"], files, *combination)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder")
+    if path.suffix in (".ts", ".onnx"):
+        metadata = export.load_exported(path)[1]
+        return Model("exported", metadata, metadata, [path])
+    state = models.read_header(path)
+    return Model(state["kind"], state, state["dataset"], [path])
+
+
+def find_tests(data_dir):
+    """The test* folders of a data folder; data_dir: None where no model says which."""
+    if data_dir is None:
+        raise UserError(
+            "an exported file does not say where its pictures are; "
+            "give --data-dir or --test-dirs, or add the model.pt it was made from"
         )
-    return subjects
+    folders = splits.test_folders(splits.data_folder(data_dir))
+    if not folders:
+        raise UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")
+    return folders
 
 
-def evaluate(subjects, tests, device, batch_size):
+# ------------------------------------------------------------------------------------ measurements
+
+
+def run_models(tested, tests, device, batch_size):
     """(results, answers): a row of metrics.json per model, and {(model, set): float32 [N, K]}."""
-    measured, answers, results = {}, {}, {}
-    for name, subject in tqdm(subjects.items(), "evaluating", disable=None, leave=False):
-        sets = tests[subject.pictures["view_size"], subject.pictures["white_level"]]
-        for file in subject.files:  # every file runs once, however many ensembles it is part of
-            if file not in measured:
-                measured[file] = measure(file, subject, sets, device, batch_size)
-        members = [measured[file] for file in subject.files]
-        for set_name in sets:
-            logits = [member.logits[set_name] for member in members]
-            probabilities = product_of_experts(logits, subject.temperatures, subject.weights)
-            answers[name, set_name] = probabilities.numpy()
-        results[name] = summarise(name, subject, members, answers, sets)
+    outputs, results, answers = {}, {}, {}
+    for name, model in tqdm(tested.items(), "evaluating", disable=None, leave=False):
+        sets = tests[model.reading]
+        for file in model.files:  # every file runs once, however many ensembles it is part of
+            if file not in outputs:
+                outputs[file] = run_file(file, model, sets, device, batch_size)
+        scores = {}
+        for of, pictures in sets.items():
+            logits = [outputs[file][0][of] for file in model.files]
+            together = product_of_experts(logits, model.temperatures, model.weights)
+            answers[name, of] = together.numpy()
+            scores[of] = score(model, answers[name, of], pictures.labels.numpy())
+        made_from = {key: model.header[key] for key in MADE_FROM if key in model.header}
+        if model.kind == "exported":
+            made_from["sha256"] = file_sha256(model.files[0])
+        costs = [outputs[file][1] for file in model.files]
+        results[name] = {
+            "kind": model.kind,
+            "sets": scores,
+            "mean_accuracy": float(np.mean([each["accuracy"] for each in scores.values()])),
+            **{key: sum(cost[key] for cost in costs) for key in costs[0]},  # teachers' together
+            "latency_device": "cpu" if model.kind == "exported" else str(device),
+            "good_class": model.header.get("good_class"),
+            "made_from": made_from,
+        }
     return results, answers
 
 
-def open_tests(subjects, known, args):
-    """{(view size, white level): {set: Pictures}}: the test sets as each model wants them."""
-    named = args.test_dirs
-    if not named:
-        data_dir = args.data_dir or (known[0]["dir"] if known else None)
-        if data_dir is None:
-            raise UserError(
-                "an exported file does not say where its pictures are; "
-                "give --data-dir or --test-dirs, or add the best.pt it was made from"
-            )
-        named = folders.test_folders(folders.data_folder(data_dir))
-        if not named:
-            raise UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")
-    cache, tests = cli.decoded_cache(args), {}
-    for subject in subjects.values():
-        key = subject.pictures["view_size"], subject.pictures["white_level"]
-        if key not in tests:
-            tests[key] = splits.open_tests(cache, named, subject.pictures)
-    return tests
+def run_file(file, model, sets, device, batch_size):
+    """({set: logits, float32 [N, K]}, what the file costs) on test sets, {set: Pictures}."""
+    if model.kind == "exported":  # its parameters are constants, and it was made for a CPU
+        parameters, device = model.header["parameters"], torch.device("cpu")
+        student = export.load_exported(file)[0]
+
+        def network(pixels):
+            with torch.autocast("cpu", enabled=False):  # as a device runs it
+                frames = pixels.to(torch.uint8).permute(0, 2, 3, 1)
+                return student(frames).clamp(min=1e-37).log()
+    else:
+        network = models.load_model(file, device)[0]
+        parameters = sum(p.numel() for p in network.parameters())
+    logits = {of: models.predict(network, each, device, batch_size) for of, each in sets.items()}
+    milliseconds = latency(network, model.dataset["view_size"], device)
+    size = file.stat().st_size
+    return logits, {"parameters": parameters, "bytes": size, "latency_ms": milliseconds}
 
 
-def training_sets(known, subjects, args):
-    """The pictures the models learnt from, {"train", "val", "unlabelled"}; {} if not here."""
-    if not known:
-        print("audit: left out; an exported file does not say which pictures it was trained on")
-        return {}
-    moved = {}
-    if args.data_dir and (Path(args.data_dir) / "train").is_dir() and not args.test_dirs:
-        moved = {"dir": args.data_dir}
-    cache = cli.decoded_cache(args)
-    try:
-        train, val, data = splits.open_training(cache, {**known[0], **moved})
-    except UserError as error:
-        print(f"audit: left out, since the training pictures are not here as they were ({error})")
-        return {}
-    sets = {"train": train, "val": val}
-
-    # The pool of the ensemble; of students alone what lies in the data folder.
-    ensembles = [s.record["unlabelled"] for s in subjects.values() if s.kind == "ensemble"]
-    try:
-        if ensembles and ensembles[0]:
-            sets["unlabelled"] = splits.open_same_pool(cache, None, data, ensembles[0])
-        elif not ensembles and folders.pool_folder(data["dir"]):
-            pool = folders.pool_folder(data["dir"])
-            sets["unlabelled"] = splits.open_unlabelled(cache, pool, data)
-    except UserError as error:
-        print(f"audit: without the unlabelled pictures ({error})")
-    return sets
+@torch.inference_mode()
+def latency(network, view_size, device, times=25, warm_up=5):
+    """Median milliseconds for one picture of view_size px, in the device's precision."""
+    pixels, seconds = torch.zeros(1, 3, view_size, view_size, device=device), []
+    with models.autocast(device):
+        for _ in range(times):
+            start = time.perf_counter()
+            network(pixels).sum().item()  # .item() waits for the device
+            seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds[warm_up:]))
 
 
-def summarise(name, subject, members, answers, sets):
-    """One model's row of metrics.json. An ensemble costs what its teachers cost together."""
-    scores = {}
-    point = subject.record.get("operating_point")
-    for set_name, pictures in sets.items():
-        probabilities = answers[name, set_name]
-        scores[set_name] = metrics.score(probabilities, pictures.labels)
-        if point:
-            good = subject.record["classes"].index(subject.record["good_class"])
-            defective = (pictures.labels != good).numpy()
-            found = rates(1 - probabilities[:, good], defective, point["threshold"])
-            kept = {key: point[key] for key in ("threshold", "target")}
-            scores[set_name]["operating_point"] = {**kept, **found}
-    made_from = {key: subject.record[key] for key in PROVENANCE if key in subject.record}
-    if subject.kind == "exported":
-        made_from["sha256"] = file_sha256(subject.files[0])
-    return {
-        "kind": subject.kind,
-        "sets": scores,
-        "mean_accuracy": float(np.mean([s["accuracy"] for s in scores.values()])),
-        "parameters": sum(member.parameters for member in members),
-        "bytes": sum(member.bytes for member in members),
-        "latency_ms": sum(member.latency_ms for member in members),
-        "latency_device": members[0].device,
-        "good_class": subject.record.get("good_class"),
-        "made_from": made_from,
-    }
+def score(model, probabilities, labels):
+    """All metrics of a model on one test set; of a file with a threshold also what that does there.
 
-
-def describe_sets(pictures):
-    """Where each test set lies and what it was, as plain data."""
-    return {
-        name: {"folder": str(each.parts[0].folder), "fingerprint": each.fingerprint()}
-        for name, each in pictures.items()
-    }
-
-
-def compare(results, answers, baseline, pictures):
-    """Add to each model its paired differences to the baseline, per set and over all sets."""
-    right = {}
-    for (name, set_name), probabilities in answers.items():
-        right[name, set_name] = probabilities.argmax(1) == pictures[set_name].labels.numpy()
-    for name, result in results.items():
-        ours = [right[name, set_name] for set_name in pictures]
-        theirs = [right[baseline, set_name] for set_name in pictures]
-        result["minus_baseline"] = metrics.difference(ours, theirs)
-        for set_name, a, b in zip(pictures, ours, theirs):
-            result["sets"][set_name]["minus_baseline"] = metrics.difference([a], [b])
-
-
-def add_agreement(results, answers):
-    """Add to each student, per set, the share of its decisions that are each ensemble's."""
-    ensembles = [name for name, result in results.items() if result["kind"] == "ensemble"]
-    for name, result in results.items():
-        if result["kind"] not in ("student", "exported"):
-            continue
-        for set_name, s in result["sets"].items():
-            decisions = answers[name, set_name].argmax(1)
-            s["agreement"] = {
-                ensemble: float((decisions == answers[ensemble, set_name].argmax(1)).mean())
-                for ensemble in ensembles
-            }
-
-
-def doubtful_labels(subjects, answers, pictures, audited):
-    """{set: doubtful labels}: of train and val as build_ensemble.py found them, of tests anew."""
-    found = {}
-    for subject in subjects.values():
-        for name, some in subject.record.get("doubtful", {}).items():
-            paths = audited[name].paths() if name in audited else []
-            same = all(d["row"] < len(paths) and paths[d["row"]] == d["picture"] for d in some)
-            if same and paths:
-                found[name] = some
-    teachers = [name for name, subject in subjects.items() if subject.kind == "teacher"]
-    for name, each in pictures.items():
-        found[name] = labels.doubtful_pictures(each, [answers[t, name] for t in teachers])
-    return found
+    probabilities: float [N, K]; labels: int [N].
+    """
+    scores, point = metrics.score(probabilities, labels), model.header.get("operating_point")
+    if point:
+        good = model.header["classes"].index(model.header["good_class"])
+        defects = metrics.defect_scores(probabilities, good)
+        rates = metrics.rates(defects, labels != good, point["threshold"])
+        scores["operating_point"] = {**point, **rates}
+    return scores
 
 
 if __name__ == "__main__":

@@ -1,35 +1,28 @@
-"""Numbers about predictions: what they are in the literature, with intervals. Needs numpy alone."""
+"""Numbers about predictions, as the literature defines them, with intervals. Needs numpy alone.
+
+Where one class is good, a part passes or is rejected. The *defect score* of a picture is the
+probability of all other classes together; a part is rejected when its score reaches the threshold.
+A *miss* is a defect that passes, a *false alarm* a good part that is rejected.
+"""
+
+import math
 
 import numpy as np
 
-BINS = 15
+BINS = 15  # of calibration
 RESAMPLES = 10_000
+Z = 1.959964  # two-sided 95 % of the normal distribution
+RISK = 0.05  # that a promised rate does not hold
 
 
-def confusion_matrix(labels, predicted, classes):
-    """int64 [classes, classes]; rows are true, columns predicted classes."""
-    pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    return pairs.reshape(classes, classes)
-
-
-def ece(probabilities, labels):
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017), in [0, 1].
-
-    15 equal bins of the top probability, mean of |accuracy - confidence| weighted by the bins'
-    shares. probabilities: float [N, K]; labels: int [N].
-    """
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gap = np.bincount(bins, right - confidence, minlength=BINS)
-    return float(np.abs(gap).sum() / len(labels))
+# ---------------------------------------------------------------------------------------- scores
 
 
 def score(probabilities, labels):
-    """All metrics of one model on one set, as plain data.
+    """All metrics of one model on one set, as plain data: fractions in [0, 1], nll in nats.
 
-    probabilities: float [N, K], rows summing to 1; labels: int [N] in [0, K). Fractions in [0, 1];
-    nll in nats. Balanced accuracy is the mean per-class recall; macro F1 the mean per-class F1.
+    probabilities: float [N, K], rows summing to 1; labels: int [N] in [0, K). Balanced accuracy is
+    the mean per-class recall; macro F1 the mean per-class F1.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
@@ -39,7 +32,7 @@ def score(probabilities, labels):
     own = probabilities[np.arange(len(labels)), labels]
     return {
         "accuracy": float(right.sum() / matrix.sum()),
-        "accuracy_interval": list(accuracy_interval(right.sum(), len(labels))),
+        "accuracy_interval": list(wilson(right.sum(), len(labels))),
         "balanced_accuracy": float(recall[true > 0].mean()),
         "macro_f1": float(f1[true + predicted > 0].mean()),
         "nll": float(-np.log(np.maximum(own, 1e-12)).mean()),
@@ -50,63 +43,208 @@ def score(probabilities, labels):
     }
 
 
-def good_enough(history, n):
-    """Whether the last validation is within one standard error of the highest so far.
+def confusion_matrix(labels, predicted, classes):
+    """int64 [classes, classes]; rows are true, columns predicted classes."""
+    pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
+    return pairs.reshape(classes, classes)
 
-    history: balanced accuracies, the latest last; n: validation pictures, of `balanced_number`. So
-    best.pt ends as the latest checkpoint that n pictures cannot tell from the best; the highest of
-    thirty pictures alone is often one of mid-schedule that had luck. The rule of Breiman et al.
-    1984, with the longest training for the simplest model; the standard error is Agresti and
-    Coull's (1998), of two more pictures right and two more wrong, so that p = 1 has one.
+
+def reliability(probabilities, labels):
+    """(confidence, accuracy, share) of the decisions in each bin that has some, float [B] each.
+
+    The bins are 15 equal ones of the top probability; confidence is its mean, share the part of all
+    decisions. probabilities: float [N, K]; labels: int [N].
     """
-    highest = max(history)
-    p = (n * highest + 2) / (n + 4)
-    standard_error = (p * (1 - p) / (n + 4)) ** 0.5
-    return history[-1] >= highest - standard_error
+    top = probabilities.max(1)
+    right = probabilities.argmax(1) == labels
+    bin_of = np.minimum((top * BINS).astype(int), BINS - 1)
+    count = np.bincount(bin_of, minlength=BINS)
+    filled = count > 0
+    sums = [np.bincount(bin_of, values, BINS)[filled] for values in (top, right)]
+    confidence, accuracy = sums / count[filled]
+    return confidence, accuracy, count[filled] / len(labels)
 
 
-def balanced_number(labels):
-    """Pictures of equal classes that give balanced accuracy the standard error it has with these.
+def ece(probabilities, labels):
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017), in [0, 1].
 
-    labels: int [N]. K^2 / sum_c 1 / N_c, for the K classes that occur.
+    The mean of |accuracy - confidence| over the bins of `reliability`, weighted by their shares.
     """
-    counts = np.unique(labels, return_counts=True)[1]
-    return float(len(counts) ** 2 / (1 / counts).sum())
+    confidence, accuracy, share = reliability(probabilities, labels)
+    return float((share * np.abs(accuracy - confidence)).sum())
 
 
-def interval(samples):
-    """The middle 95 % of bootstrap samples: (low, high)."""
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)
+# -------------------------------------------------------------------------- intervals and tests
 
 
-def accuracy_interval(right, n, seed=0):
-    """95 % percentile bootstrap interval of an accuracy right / n.
+def wilson(k, n):
+    """95 % interval of a share k / n   (Wilson 1927): (low, high), or (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = k / n, Z**2 / n
+    middle = share + z2 / 2
+    half = Z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    low, high = (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+    return max(0.0, float(low)), min(1.0, float(high))
 
-    Resampling n pictures with replacement makes the number of right ones binomial, so it is drawn
-    from that directly: the same bootstrap, at a cost that does not grow with n.
+
+def difference(rights_a, rights_b, seed=0):
+    """Paired difference of mean accuracy over test sets, a - b, as plain data.
+
+    rights_a, rights_b: one bool [N_set] per test set. `interval` is the 95 % percentile bootstrap,
+    pictures resampled within each set: one contributes -1, 0 or 1, so a resample is multinomial.
+    `wins` and `losses` count the pictures that only a or only b got right, over all sets, and `p`
+    is `sign_test` of them.
     """
-    counts = np.random.default_rng(seed).binomial(n, right / n, RESAMPLES)
-    return interval(counts / n)
+    differences, samples, total = [], [], np.zeros(3, int)
+    for number, (a, b) in enumerate(zip(rights_a, rights_b)):
+        counts = np.array([(b & ~a).sum(), (a == b).sum(), (a & ~b).sum()])
+        rng = np.random.default_rng(seed + number)
+        drawn = rng.multinomial(len(a), counts / len(a), RESAMPLES)
+        samples.append((drawn[:, 2] - drawn[:, 0]) / len(a))
+        differences.append((counts[2] - counts[0]) / len(a))
+        total += counts
+    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5])
+    losses, _, wins = total.tolist()
+    return {
+        "difference": float(np.mean(differences)),
+        "interval": [float(low), float(high)],
+        "wins": wins,
+        "losses": losses,
+        "p": sign_test(wins, losses),
+    }
 
 
-def resampled_differences(right_a, right_b, seed=0):
-    """Bootstrap samples of accuracy(a) - accuracy(b) on the same pictures: float [10000].
+def sign_test(wins, losses):
+    """Two-sided p of the exact sign test, McNemar's on discordant pictures (1947); 1 for none."""
+    tail = binomial(wins + losses, 0.5)[: min(wins, losses) + 1].sum()
+    return min(1.0, 2 * float(tail))
 
-    right_a, right_b: bool [N]. A picture contributes -1, 0 or 1, so a resample is multinomial.
+
+def verdict(comparison):
+    """"better than", "worse than" or "not told apart from": a `difference` in words, at 5 %."""
+    lead = comparison["wins"] - comparison["losses"]
+    if comparison["p"] > 0.05 or lead * comparison["difference"] <= 0:  # of sets of unequal size
+        return "not told apart from"
+    return "better than" if lead > 0 else "worse than"
+
+
+def binomial(n, p):
+    """P(Bin(n, p) = k) for k = 0 .. n, 0 < p < 1: float64 [n + 1], in logarithms for large n."""
+    k = np.arange(n + 1)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    log_choose = log_factorial[n] - log_factorial - log_factorial[::-1]
+    return np.exp(log_choose + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+# ---------------------------------------------------------------------------- the operating point
+
+
+def defect_scores(probabilities, good):
+    """float [N]: the probability of all classes but number `good`. probabilities: float [N, K].
+
+    Their sum, not 1 - p(good), in which float32 loses scores below 6e-8.
     """
-    difference = right_a.astype(int) - right_b.astype(int)
-    shares = [(difference == value).mean() for value in (-1, 0, 1)]
-    counts = np.random.default_rng(seed).multinomial(len(difference), shares, RESAMPLES)
-    return (counts[:, 2] - counts[:, 0]) / len(difference)
+    return np.delete(np.asarray(probabilities), good, axis=1).sum(1)
 
 
-def difference(rights_a, rights_b):
-    """Paired difference of mean accuracy over test sets, a - b, with its 95 % bootstrap interval.
+def rates(scores, defective, threshold):
+    """Miss rate and false-alarm rate at a threshold, as plain data with counts and intervals.
 
-    rights_a, rights_b: one bool [N_set] per test set; pictures are resampled within each set.
+    scores: float [N] in [0, 1]; defective: bool [N]. Intervals are Wilson's, of 95 %.
     """
-    pairs = list(zip(rights_a, rights_b))
-    samples = [resampled_differences(a, b, seed) for seed, (a, b) in enumerate(pairs)]
-    value = np.mean([a.mean() - b.mean() for a, b in pairs])
-    return {"difference": float(value), "interval": list(interval(np.mean(samples, axis=0)))}
+    rejected = np.asarray(scores) >= threshold
+    missed, alarmed = ~rejected & defective, rejected & ~defective
+    return {
+        "miss": rate(missed.sum(), defective.sum()),
+        "false_alarm": rate(alarmed.sum(), (~defective).sum()),
+    }
+
+
+def rate(k, n):
+    """k of n as plain data; the rate is None where n is 0."""
+    k, n = int(k), int(n)
+    return {"rate": k / n if n else None, "count": k, "n": n, "interval": list(wilson(k, n))}
+
+
+def largest_count(n, target):
+    """The largest k with P(Bin(n, target) <= k) <= 0.05, or -1 where n is too small for any.
+
+    With 95 % confidence the rate is below `target` where k of n parts are on the wrong side
+    (Clopper and Pearson 1934), also of a threshold taken from their own scores (Wilks 1941).
+    """
+    return int((np.cumsum(binomial(n, target)) <= RISK).sum()) - 1
+
+
+def promised_rate(k, n):
+    """The rate p that k of n wrong ones promise with 95 % confidence: P(Bin(n, p) <= k) = 0.05."""
+    low, high = 0.0, 1.0
+    for _ in range(50 if k < n else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binomial(n, middle)[: k + 1].sum() > RISK else (low, middle)
+    return high
+
+
+def pictures_needed(target):
+    """The smallest n whose `largest_count` is 0: (1 - target)^n <= 0.05, about 3 / target."""
+    return math.ceil(math.log(RISK) / math.log1p(-target))
+
+
+def choose_threshold(scores, defective, goal, target):
+    """The threshold that keeps one rate at its target and is kindest to the other.
+
+    scores: float [N] in [0, 1]; defective: bool [N], of validation pictures, both kinds present;
+    goal: "miss" or "false_alarm"; target: in (0, 1). Of the kind that the goal is about,
+    `largest_count` pictures may be on the wrong side, so that with 95 % confidence the target holds
+    for parts like these; none where they are too few. The threshold lies in the middle of the gap
+    between two pictures' scores, which leaves room for rounding on another device.
+
+    Returns plain data: threshold, goal, target, the rates on these pictures, how many `pictures`
+    the goal is about there are and are `needed`, and the rate that is `promised` with 95 %
+    confidence: at most the target, but for too few pictures.
+    """
+    scores, defective = np.asarray(scores, np.float64), np.asarray(defective, bool)
+    pictures = int((defective == (goal == "miss")).sum())
+    allowed = max(0, largest_count(pictures, target))
+    if goal == "miss":
+        reject = np.sort(scores[defective])[allowed]  # the mildest score to be rejected
+        let_pass = scores[scores < reject].max(initial=0.0)
+    else:
+        let_pass = np.sort(scores[~defective])[::-1][allowed]  # the worst score to pass
+        above_one = 1.0 + 1e-6  # where even a score of 1 is to pass
+        reject = scores[scores > let_pass].min(initial=above_one)
+    threshold = float((let_pass + reject) / 2)
+    return {
+        "threshold": threshold,
+        "goal": goal,
+        "target": target,
+        "validation": rates(scores, defective, threshold),
+        "pictures": pictures,
+        "needed": pictures_needed(target),
+        "promised": promised_rate(allowed, pictures),
+    }
+
+
+def target_verdict(point):
+    """"met", "missed" or "not shown to be met": a target on a test set, at 95 % confidence.
+
+    point: goal and target of `choose_threshold`, `rates` of the test set. By the same bound.
+    """
+    k, n, target = point[point["goal"]]["count"], point[point["goal"]]["n"], point["target"]
+    if k <= largest_count(n, target):
+        return "met"
+    return "missed" if binomial(n, target)[k:].sum() <= RISK else "not shown to be met"
+
+
+def describe_rates(point):
+    """`rates` in words: 3 of 60 defects missed (5.0 %, 95 % interval 1.7 to 13.7), ..."""
+    words = []
+    for goal, title in (("miss", "defects missed"), ("false_alarm", "good parts rejected")):
+        r = point[goal]
+        low, high = r["interval"]
+        text = f"{r['count']} of {r['n']} {title}"
+        if r["n"]:
+            share = f"{100 * r['rate']:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+            text += f" ({share})"
+        words.append(text)
+    return ", ".join(words)

@@ -1,17 +1,30 @@
-"""Metrics against numbers worked out by hand, the shortcut bootstrap against the long one."""
+"""Metrics against numbers worked out by hand, promises against many draws."""
+
+import math
 
 import numpy as np
 import pytest
 
 from common.metrics import (
-    accuracy_interval,
-    balanced_number,
+    choose_threshold,
     confusion_matrix,
+    defect_scores,
     difference,
     ece,
-    good_enough,
+    largest_count,
+    pictures_needed,
+    promised_rate,
+    rates,
+    reliability,
     score,
+    sign_test,
+    target_verdict,
+    verdict,
+    wilson,
 )
+
+SCORES = np.array([0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.05])
+DEFECTIVE = np.array([True, True, True, True, False, False, False, False])
 
 
 def one_hot(predicted, classes=3):
@@ -45,12 +58,10 @@ def test_confusion_matrix_counts_rows_as_true():
     assert matrix.tolist() == [[0, 2], [0, 1]]
 
 
-def test_bootstrap_intervals_equal_those_of_resampled_pictures():
+def test_the_bootstrap_interval_equals_that_of_resampled_pictures():
     rng = np.random.default_rng(1)
     a, b = rng.random(300) < 0.9, rng.random(300) < 0.8
     picks = rng.integers(0, 300, (10_000, 300))
-    low, high = np.percentile(a[picks].mean(1), [2.5, 97.5])
-    assert accuracy_interval(a.sum(), 300) == pytest.approx((low, high), abs=0.004)
     low, high = np.percentile(a[picks].mean(1) - b[picks].mean(1), [2.5, 97.5])
     d = difference([a], [b])
     assert d["difference"] == pytest.approx(a.mean() - b.mean())
@@ -68,15 +79,120 @@ def test_difference_over_two_sets_is_the_mean_and_narrower():
 
 def test_a_model_against_itself_differs_by_nothing():
     a = np.random.default_rng(1).random(50) < 0.5
-    assert difference([a], [a]) == {"difference": 0.0, "interval": [0.0, 0.0]}
+    nothing = difference([a], [a])
+    assert nothing["difference"] == 0 and nothing["interval"] == [0, 0] and nothing["p"] == 1
+    assert verdict(nothing) == "not told apart from"
 
 
-def test_the_latest_checkpoint_within_one_standard_error_of_the_best_is_chosen():
-    history = [0.90, 29 / 30, 28 / 30, 27 / 30]
-    chosen = [good_enough(history[:end], 30) for end in range(1, 5)]
-    # p = 31/34, one standard error 0.0486, 29/30 - 0.0486 = 0.918
-    assert chosen == [True, True, True, False]
-    assert good_enough([1, 29 / 30], 30)  # 1 - 0.0404
-    assert not good_enough([1, 29 / 30], 300)  # 1 - 0.0046
-    labels = np.repeat([0, 1], [90, 10])
-    assert balanced_number(labels) == pytest.approx(36)  # 4 / (1 / 90 + 1 / 10)
+def test_better_than_needs_the_exact_sign_test():
+    assert sign_test(4, 0) == pytest.approx(2 / 2**4)
+    assert sign_test(2, 5) == pytest.approx(2 * (1 + 7 + 21) / 2**7)
+    right, wrong = np.ones(100, bool), np.ones(100, bool)
+    wrong[:4] = False  # the bootstrap's interval is above 0, but chance does it in 12.5 %
+    four = difference([right], [wrong])
+    assert four["interval"][0] > 0 and (four["wins"], four["losses"]) == (4, 0)
+    assert verdict(four) == "not told apart from"
+    wrong[:6] = False
+    assert verdict(difference([right], [wrong])) == "better than"
+    assert verdict(difference([wrong], [right])) == "worse than"
+
+
+def test_wilson_interval_by_hand():
+    z = 1.959964
+    assert wilson(0, 10) == pytest.approx((0.0, z**2 / (10 + z**2)), abs=1e-6)
+    half = z * math.sqrt(2.5 + z**2 / 4) / (10 + z**2)
+    assert wilson(5, 10) == pytest.approx((0.5 - half, 0.5 + half))
+    everything = score(one_hot(np.zeros(720, int)), np.zeros(720, int))
+    assert everything["accuracy_interval"] == pytest.approx([720 / (720 + z**2), 1.0])
+
+
+def test_the_curve_of_reliability_and_the_calibration_error_have_the_same_bins():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 500)
+    labels = rng.integers(0, 3, 500)
+    confidence, accuracy, share = reliability(probabilities, labels)
+    assert share.sum() == pytest.approx(1)
+    error = (share * np.abs(accuracy - confidence)).sum()
+    assert error == pytest.approx(ece(probabilities, labels))
+    assert len(confidence) == 10  # of 15 bins those above 1/3
+
+
+# -------------------------------------------------------------------------------------- threshold
+
+
+def test_defect_scores_are_the_sum_of_the_other_classes():
+    tiny = np.array([[1 - 3e-9, 1e-9, 2e-9]], np.float32)
+    assert defect_scores(tiny, 0)[0] == pytest.approx(3e-9)  # 1 - p(good) is 0 here
+    assert defect_scores([[0.2, 0.5, 0.3]], 1)[0] == pytest.approx(0.5)
+
+
+def test_the_bound_of_a_binomial_by_hand():
+    # 0.95^58 = 0.0510, 0.95^59 = 0.0485
+    assert largest_count(58, 0.05) == -1 and largest_count(59, 0.05) == 0
+    assert pictures_needed(0.05) == 59 and pictures_needed(0.01) == 299
+    # 0.9^46 + 46 * 0.1 * 0.9^45 = 0.0479; of 45 it is 0.0524
+    assert largest_count(45, 0.1) == 0 and largest_count(46, 0.1) == 1
+    assert largest_count(300, 0.05) == 8
+    assert largest_count(5000, 0.01) == 38  # and no overflow
+    assert promised_rate(0, 59) == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert promised_rate(10, 10) == 1.0
+
+
+def many(n):
+    """(scores, defective) of n good parts from 0 to 0.5 and n defects from 0.4 to 0.9."""
+    return np.r_[np.linspace(0, 0.5, n), np.linspace(0.4, 0.9, n)], np.repeat([False, True], n)
+
+
+def test_a_miss_rate_target_gives_the_middle_of_the_highest_gap_that_keeps_it():
+    few = choose_threshold(SCORES, DEFECTIVE, "miss", 0.25)  # of four none may pass
+    assert few["threshold"] == pytest.approx(0.25)  # the good part at 0.2, the defect at 0.3
+    counts = few["validation"]
+    assert counts["miss"]["count"] == 0 and counts["false_alarm"]["count"] == 1
+    assert few["promised"] == pytest.approx(1 - 0.05**0.25) and few["needed"] == 11
+    scores, defective = many(46)
+    enough = choose_threshold(scores, defective, "miss", 0.1)  # one of 46 may pass
+    assert enough["validation"]["miss"]["count"] == 1 and enough["promised"] <= 0.1
+    gap = np.sort(scores)[[k := np.sort(scores).searchsorted(enough["threshold"]), k - 1]]
+    assert enough["threshold"] == pytest.approx(gap.mean())
+
+
+def test_a_false_alarm_target_gives_the_middle_of_the_lowest_gap_that_keeps_it():
+    point = choose_threshold(SCORES, DEFECTIVE, "false_alarm", 0.25)  # none of four
+    assert point["threshold"] == pytest.approx(0.65)  # the good part at 0.6, the defect at 0.7
+    counts = point["validation"]
+    assert counts["false_alarm"]["count"] == 0 and counts["miss"]["count"] == 1
+    point = choose_threshold(*many(46), "false_alarm", 0.1)
+    assert point["validation"]["false_alarm"]["count"] == 1
+
+
+def test_tied_scores_never_break_the_target():
+    scores, defective = np.repeat([0.5, 0.1], [46, 1]), np.repeat([True, False], [46, 1])
+    point = choose_threshold(scores, defective, "miss", 0.1)
+    assert point["validation"]["miss"]["count"] == 0
+
+
+@pytest.mark.parametrize("n", [30, 108, 300])
+def test_the_promised_miss_rate_is_broken_in_at_most_five_draws_of_a_hundred(n):
+    """Scores of defects are uniform, so the true miss rate is the threshold itself."""
+    rng = np.random.default_rng(n)
+    broken = 0
+    for _ in range(2000):
+        scores, defective = rng.random(2 * n), np.repeat([True, False], n)
+        scores[~defective] = 0.0  # so the threshold lies between two defects
+        point = choose_threshold(scores, defective, "miss", 0.05)
+        reject = scores[defective & (scores >= point["threshold"])].min()
+        broken += reject > max(0.05, point["promised"])
+    assert broken / 2000 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_a_target_on_a_test_set_is_judged_by_the_same_bound():
+    def judged(missed, n, target):
+        scores = np.r_[np.zeros(missed), np.ones(n - missed)]
+        point = rates(scores, np.ones(n, bool), 0.5)
+        return target_verdict({"goal": "miss", "target": target, **point})
+
+    assert judged(0, 59, 0.05) == "met" and judged(0, 58, 0.05) == "not shown to be met"
+    assert judged(8, 300, 0.05) == "met" and judged(9, 300, 0.05) == "not shown to be met"
+    assert judged(30, 300, 0.05) == "missed"
+    none = rates([0.4], np.array([True]), 0.5)["false_alarm"]
+    assert none == {"rate": None, "count": 0, "n": 0, "interval": [0.0, 1.0]}

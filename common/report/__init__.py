@@ -1,0 +1,176 @@
+"""What evaluate.py writes: a page that opens from disk, prints and needs no network; its numbers.
+
+The page with its words is written out in page.html.jinja, which escapes every name.
+"""
+
+import base64
+import io
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import export, metrics
+from common.files import atomic_path, save_json
+from common.report import charts, tables
+from infer import LARGEST, OPACITY, RED, occlusion_map
+
+FILES = ("report.html", "metrics.json", "predictions.csv")
+KINDS = ("exported", "student", "ensemble", "teacher")  # of models; the page is about the first
+SHOWN = 12  # pictures of each kind
+NEAR = 0.8  # share of the best model's way up from chance that makes a shortcut a warning
+
+
+def compare(results, answers, pictures, baseline):
+    """Add to each model how it differs from the baseline, and to students how ensembles agree.
+
+    results: {model: row of metrics.json}; answers: {(model, set): float32 [N, K]}; pictures:
+    {set: Pictures}; baseline: the name of a model, or None.
+    """
+    decisions = {key: probabilities.argmax(1) for key, probabilities in answers.items()}
+    right = {(m, of): each == pictures[of].labels.numpy() for (m, of), each in decisions.items()}
+    ensembles = [name for name, result in results.items() if result["kind"] == "ensemble"]
+    for name, result in results.items():
+        if baseline:
+            ours, theirs = ([right[each, of] for of in pictures] for each in (name, baseline))
+            result["minus_baseline"] = metrics.difference(ours, theirs)
+            for of, a, b in zip(pictures, ours, theirs):
+                result["sets"][of]["minus_baseline"] = metrics.difference([a], [b])
+        for of, scores in result["sets"].items():
+            if result["kind"] in ("student", "exported"):
+                same = {each: decisions[name, of] == decisions[each, of] for each in ensembles}
+                scores["agreement"] = {each: float(equal.mean()) for each, equal in same.items()}
+
+
+def write(summary, answers, pictures, audited, folder):
+    """Write FILES into a folder.
+
+    summary: the content of metrics.json; answers: {(model, set): float32 [N, K]}; pictures:
+    {set: Pictures} of the test sets; audited: {set: Pictures}, all that the audit saw, or {}.
+    """
+    save_json(summary, folder / "metrics.json")
+    tables.write_predictions(answers, pictures, summary["classes"], folder / "predictions.csv")
+    models, baseline = summary["models"], summary["baseline"]
+    shown = shown_model(models, baseline)
+    trained = [name for name, model in models.items() if model["kind"] in ("teacher", "student")]
+    sets = {**audited, **pictures}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
+    text = environment.get_template("page.html.jinja").render(
+        **summary,
+        shown=shown,
+        compared=compared_model(models, baseline, shown),
+        warnings=shortcut_warnings(summary),
+        operating_points=tables.operating_points(models),
+        details=details(summary, answers, pictures, shown),
+        curves=charts.training_charts(trained),
+        occlusion=occlusion(shown, models[shown]),
+        picture=lambda name, row, heat_of=None: address(sets[name], row, heat_of),
+        most=SHOWN,
+        metrics=metrics,
+    )
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # not all names are UTF-8
+
+
+def shown_model(models, baseline):
+    """The name of the model that the page is about: the distilled student as it goes to the line.
+
+    An exported file, else a student, else the best ensemble or teacher; float32 before int8. What
+    is stand-alone, the baseline and files of its weights come last.
+    """
+    students = [name for name, model in models.items() if model["kind"] == "student"]
+    alone = [name for name in students if not models[name]["made_from"]["args"]["alpha"]]
+    last = {weights_of(models, name) for name in (*alone, baseline)}
+
+    def rank(name):
+        kind, error = KINDS.index(models[name]["kind"]), 1 - models[name]["mean_accuracy"]
+        return name == baseline, weights_of(models, name) in last, kind, ".int8" in name, error
+
+    return min(models, key=rank)
+
+
+def compared_model(models, baseline, shown):
+    """The model whose difference to the baseline is the answer: a checkpoint for its exported file.
+
+    It ran as the baseline did. None where there is nothing to compare.
+    """
+    if baseline in (None, shown):
+        return None
+    for name, model in models.items():
+        same = weights_of(models, name) == weights_of(models, shown)
+        if model["kind"] == "student" and same and name != baseline:
+            return name
+    return shown
+
+
+def weights_of(models, name):
+    """The hash of its weights, which a checkpoint and its exported files share; else its name."""
+    return models[name]["made_from"].get("weights_sha256", name) if name else None
+
+
+def shortcut_warnings(summary):
+    """Where a classifier that never looks at the part comes near the best model."""
+    chance, warnings = 1 / len(summary["classes"]), []
+    for by, scores_of in (summary["audit"] or {"shortcuts": {}})["shortcuts"].items():
+        for of, scores in scores_of.items():
+            best = max(m["sets"][of]["balanced_accuracy"] for m in summary["models"].values())
+            reached = scores["balanced_accuracy"]
+            if reached - chance > NEAR * (best - chance):
+                warnings.append({"set": of, "by": by, "reached": reached, "best": best})
+    return warnings
+
+
+def details(summary, answers, pictures, shown):
+    """{set: charts and mistakes of the shown model, furthest from the true class first}."""
+    model, by_set = summary["models"][shown], {}
+    for name, each in pictures.items():
+        p, labels = answers[shown, name], each.labels.numpy()
+        curves = [charts.reliability(p, labels)]
+        point = model["sets"][name].get("operating_point")
+        if point:
+            good = summary["classes"].index(model["good_class"])
+            scores = metrics.defect_scores(p, good)
+            curves.append(charts.operating_curve(scores, labels != good, point))
+        wrong = np.flatnonzero(p.argmax(1) != labels)
+        wrong = wrong[np.argsort(p[wrong, labels[wrong]])]
+        mistakes = [
+            {"row": i, "label": labels[i], "decision": p[i].argmax(), "probability": p[i].max(),
+             "picture": each.path(i)} for i in wrong[:SHOWN]
+        ]
+        by_set[name] = {"curves": curves, "wrong": len(wrong), "mistakes": mistakes}
+    return by_set
+
+
+def occlusion(path, model):
+    """`occlusion_map` of an exported file, a function of the frame; None for another model."""
+    if model["kind"] != "exported":
+        return None
+    network, metadata = export.load_exported(path)
+    good = metadata["classes"].index(model["good_class"]) if model["good_class"] else None
+
+    def student(frames):
+        return network(torch.from_numpy(frames)).numpy()
+
+    return lambda frame: occlusion_map(student, frame, good)
+
+
+@torch.inference_mode()
+def address(pictures, row, heat_of=None):
+    """The address of an <img> that holds a picture itself, as JPEG.
+
+    heat_of: function from uint8 [S, S, 3] to float [h, w] in 0..1, laid over it in red.
+    """
+    frame = pictures.batch([row])[0].numpy()
+    image = Image.fromarray(frame)
+    if heat_of:
+        mask = Image.fromarray((heat_of(frame) * OPACITY).astype(np.uint8))
+        image = ImageOps.contain(image, (LARGEST, LARGEST))
+        image.paste(RED, mask=mask.resize(image.size, Image.Resampling.BICUBIC))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

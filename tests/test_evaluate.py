@@ -1,0 +1,145 @@
+"""evaluate.py's verdicts, thresholds and charts, where models say what a test wants them to say."""
+
+import html
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, call, make_set
+
+import evaluate
+from common import export, metrics, models
+
+TEACHERS = ("runs/test_resnet/model.pt", "--baseline", "runs/test_vit/model.pt")
+QUICK = ("--skip-audit", *CPU, "--output")
+
+
+@pytest.fixture
+def logits_of(monkeypatch):
+    """Replace what models say: a function takes the labels of a test set and returns its logits."""
+
+    def replace(*functions):
+        turns = iter(functions)  # one per model and test set; the baseline's comes first
+
+        def predict(network, pictures, device, batch_size):
+            return next(turns)(pictures.labels)
+
+        monkeypatch.setattr(models, "predict", predict)
+
+    return replace
+
+
+def right_but_for(count):
+    """Logits that are right but for the first `count` pictures, whose class is the next one."""
+
+    def logits(labels):
+        decisions = labels.clone()
+        decisions[:count] = (labels[:count] + 1) % 3
+        return 5 * F.one_hot(decisions, 3).float()
+
+    return logits
+
+
+def read(folder):
+    """(the page as text with single spaces, its source, metrics.json)."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    text = " ".join(html.unescape(re.sub(r"<[^>]*>", "", page)).split())
+    return text, page, json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("wins, said, p", [
+    (4, "not told apart from", 0.125), (6, "better than", 0.031),
+])
+def test_better_than_is_what_the_exact_sign_test_says(inside, tmp_path, logits_of, wins, said, p):
+    logits_of(right_but_for(wins), right_but_for(0))
+    assert call(evaluate.main, *TEACHERS, "--test-dirs", "parts/test", *QUICK, tmp_path) == 0
+    text, _, content = read(tmp_path)
+    d = content["models"][TEACHERS[0]]["minus_baseline"]
+    assert d["interval"][0] > 0 and (d["wins"], d["losses"]) == (wins, 0)
+    low, high = (f"{100 * value:+.1f}" for value in d["interval"])
+    answer = (
+        f"The teacher {TEACHERS[0]} is {said} the baseline {TEACHERS[2]}: "
+        f"{100 * wins / 60:+.1f} points on test (95 % interval {low} to {high}; "
+        f"{wins} wins to 0 losses, p = {p:.3f})."
+    )
+    assert answer in text
+    assert f"[{low} to {high}] {wins} wins to 0 losses, p = {p:.3f}" in text  # in the table
+
+
+def test_intervals_are_called_what_they_are(inside, tmp_path, logits_of, capfd):
+    logits_of(right_but_for(4), right_but_for(0))
+    assert call(evaluate.main, *TEACHERS, "--test-dirs", "parts/test", *QUICK, tmp_path) == 0
+    text, printed = read(tmp_path)[0], capfd.readouterr().out
+    low, high = metrics.wilson(56, 60)
+    assert f"[{100 * low:.1f} to {100 * high:.1f}]" in text
+    assert f"[{low:.4f}, {high:.4f}]" in printed
+    assert "Wilson's of a share, the bootstrap's of a difference" in text
+    assert "[95 % intervals], Wilson's of accuracies, the bootstrap's of differences" in printed
+
+
+@pytest.mark.parametrize("missed, verdict", [(0, "met"), (2, "not shown to be met"), (8, "missed")])
+def test_a_target_is_met_where_the_exact_bound_on_this_set_says_so(
+    inside, tmp_path, logits_of, missed, verdict
+):
+    parts = make_set(tmp_path / "sets", {"test": 30})  # 60 defects; 59 without a miss show 5 %
+    logits_of(right_but_for(missed))
+    words = ("runs/student/student.ts", "--test-dirs", parts / "test", *QUICK, tmp_path)
+    assert call(evaluate.main, *words) == 0
+    text, _, content = read(tmp_path)
+    point = content["models"][words[0]]["sets"]["test"]["operating_point"]
+    assert (point["miss"]["count"], point["miss"]["n"]) == (missed, 60)
+    assert f"at most 5 % of the defects missed, is {verdict} on test" in text
+    promise = f"{point['pictures']} validation pictures promise {100 * point['promised']:.1f} %"
+    assert f"{promise}; 59 are needed {verdict}" in text  # one cell beside the other
+
+
+def test_a_defect_score_that_float32_cannot_tell_from_zero_by_subtraction_counts(
+    inside, tmp_path, logits_of, monkeypatch
+):
+    def with_a_low_threshold(path, load=export.load_exported):
+        student, metadata = load(path)
+        point = {**metadata["operating_point"], "threshold": 1e-9}
+        return student, {**metadata, "operating_point": point}
+
+    monkeypatch.setattr(export, "load_exported", with_a_low_threshold)
+    logits_of(lambda labels: torch.tensor([-19.0, 0.0, -19.0]).repeat(len(labels), 1))
+    parts = make_set(tmp_path / "sets", {"test": 2})
+    words = ("runs/student/student.ts", "--test-dirs", parts / "test", *QUICK, tmp_path)
+    assert call(evaluate.main, *words) == 0
+    point = read(tmp_path)[2]["models"][words[0]]["sets"]["test"]["operating_point"]
+    assert point["miss"]["count"] == 0 and point["false_alarm"]["count"] == 2  # 1.1e-8 each
+
+
+def test_the_curve_of_reliability_has_the_bins_of_the_ece_beside_it(inside, tmp_path, logits_of):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(60, 3, generator=generator)
+    labels = torch.arange(3).repeat_interleave(20)
+    logits_of(lambda of_set: logits)
+    words = ("runs/test_vit/model.pt", "--test-dirs", "parts/test", *QUICK, tmp_path)
+    assert call(evaluate.main, *words) == 0
+    chart = re.search('<figcaption>Reliability.*?points="([^"]*)"', read(tmp_path)[1], re.DOTALL)
+    drawn = {tuple(map(float, point.split(","))) for point in chart.group(1).split()}
+    probabilities = torch.softmax(logits, 1).numpy()
+    bins = zip(*metrics.reliability(probabilities, labels.numpy()))
+    expected = {(round(50 + 296 * c, 1), round(196 - 184 * a, 1)) for c, a, _ in bins}
+    assert drawn == expected and len(drawn) > 8
+
+
+def test_onnx_files_are_left_out_where_their_runtime_is_missing(
+    inside, tmp_path, monkeypatch, capfd
+):
+    shutil.copytree("runs/student", tmp_path / "runs" / "student")
+    (tmp_path / "runs" / "student" / "student.onnx").write_bytes(b"any")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    words = ("--data-dir", inside.data, *QUICK, "report")
+    assert call(evaluate.main, *words) == 0
+    printed = capfd.readouterr().out
+    assert "left out runs/student/student.onnx: pip install onnxruntime" in printed
+    names = [name.removeprefix("runs/student/") for name in read(tmp_path / "report")[2]["models"]]
+    assert names == ["model.pt", "student.int8.ts", "student.ts"]
+    assert call(evaluate.main, "runs/student/student.onnx", *words) == 2
