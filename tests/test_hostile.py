@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,11 +15,10 @@ from conftest import ROOT, make_set
 from PIL import Image
 
 import infer
-from common import images, splits
-from common.errors import UserError
-from common.listing import list_pictures
-
-READERS = (images.read_picture, infer.read_picture)
+from common import splits
+from common.files import UserError
+from common.pictures import list_pictures
+from infer import read_picture
 
 
 def encoded(picture, kind, **options):
@@ -27,53 +27,48 @@ def encoded(picture, kind, **options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("size", [(1_048_576, 48), (9000, 9000), (10, 70_000)])
-def test_a_small_file_of_too_many_pixels_is_refused_before_it_is_decoded(read, size):
+def test_a_small_file_of_too_many_pixels_is_refused_before_it_is_decoded(size):
     data = encoded(Image.new("L", size), "TIFF", compression="tiff_lzw")
     start = time.perf_counter()
     with pytest.raises(ValueError, match="over the limit"):
-        read(io.BytesIO(data))
+        read_picture(io.BytesIO(data))
     assert time.perf_counter() - start < 0.2
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_kilobytes_that_claim_a_large_picture_are_refused_before_they_are_decoded(kind):
     data = encoded(Image.new("L", (4001, 4000)), kind)
-    for read in READERS:
-        start = time.perf_counter()
-        with pytest.raises(ValueError, match="as no camera writes"):
-            read(io.BytesIO(data))
-        assert time.perf_counter() - start < 0.2
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="as no camera writes"):
+        read_picture(io.BytesIO(data))
+    assert time.perf_counter() - start < 0.2
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_large_picture_needs_the_bytes_of_one_and_a_smaller_picture_does_not(read, tmp_path):
+def test_a_large_picture_needs_the_bytes_of_one_and_a_smaller_picture_does_not(tmp_path):
     path = tmp_path / "x.png"
     Image.new("L", (4000, 4000)).save(path)
-    assert read(path).shape == (4000, 4000, 3)
+    assert read_picture(path).shape == (4000, 4000, 3)
     Image.new("L", (4001, 4000)).save(path)
     os.truncate(path, 4001 * 4000 // 250)
-    assert read(path).shape == (4000, 4001, 3)
+    assert read_picture(path).shape == (4000, 4001, 3)
 
 
-@pytest.mark.parametrize("read", READERS)
-def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(read):
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
     data = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
     scan = data[data.rfind(b"\xff\xda"):-2]
-    assert read(io.BytesIO(data)).shape == (4000, 4000, 3)
+    assert read_picture(io.BytesIO(data)).shape == (4000, 4000, 3)
     start = time.perf_counter()
     with pytest.raises(ValueError, match="scans"):
-        read(io.BytesIO(data[:-2] + 500 * scan + data[-2:]))
+        read_picture(io.BytesIO(data[:-2] + 500 * scan + data[-2:]))
     assert time.perf_counter() - start < 0.2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="no /proc here")
-@pytest.mark.parametrize("name", ["common.images", "infer"])
-def test_reading_a_picture_takes_no_more_than_eight_bytes_a_pixel(tmp_path, name):
+def test_reading_a_picture_takes_no_more_than_eight_bytes_a_pixel(tmp_path):
     Image.new("RGB", (4000, 4000)).save(tmp_path / "x.png")
     program = (
-        f"from {name} import read_picture\n"
+        "from infer import read_picture\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status')\n"
         "                        if line.startswith('VmHWM'))\n"
         "open('/proc/self/clear_refs', 'w').write('5')  # the peak begins anew\n"
@@ -107,15 +102,11 @@ def test_damaged_pictures_of_every_kind_raise_an_exception_or_are_read_within_a_
         for _ in range(chance.randrange(4)):
             place = chance.randrange(min(len(data), 200) or 1)
             data[place:place + 4] = chance.choice([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"])
-        start, answers = time.perf_counter(), []
-        for read in READERS:
-            try:
-                answers.append(read(io.BytesIO(data)).tobytes())
-            except Exception as error:
-                answers.append(str(error).split(" <_io")[0])
-        assert answers[0] == answers[1]
-        assert time.perf_counter() - start < 2
-        readable += isinstance(answers[0], bytes)
+        start = time.perf_counter()
+        with suppress(Exception):  # of many kinds
+            read_picture(io.BytesIO(data))
+            readable += 1
+        assert time.perf_counter() - start < 1
     assert readable > 50
 
 
@@ -125,26 +116,23 @@ def test_a_file_is_read_as_its_bytes_are_where_a_strip_holds_less_than_the_pictu
     rows = data.index(struct.pack("<HHI", 278, 4, 1)) + 8  # RowsPerStrip, of one strip
     data[rows:rows + 4] = struct.pack("<I", 5)
     (tmp_path / "x.tif").write_bytes(data)
-    for read in READERS:
-        pixels = read(io.BytesIO(data))
-        assert pixels[4].any() and not pixels[5:].any()
-        assert (read(tmp_path / "x.tif") == pixels).all()
+    pixels = read_picture(io.BytesIO(data))
+    assert pixels[4].any() and not pixels[5:].any()
+    assert (read_picture(tmp_path / "x.tif") == pixels).all()
 
 
 def test_what_no_camera_writes_is_not_even_tried(tmp_path):
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     (tmp_path / "x.png").write_bytes(script)
-    for read in READERS:
-        with pytest.raises(Image.UnidentifiedImageError):
-            read(tmp_path / "x.png")
+    with pytest.raises(Image.UnidentifiedImageError):
+        read_picture(tmp_path / "x.png")
 
 
 def test_pictures_of_floats_with_holes_are_read_without_a_warning(recwarn):
     values = np.full((4, 4), 65535, np.float32)
     values[0] = np.nan
-    for read in READERS:
-        pixels = read(io.BytesIO(encoded(Image.fromarray(values), "TIFF")))
-        assert pixels[0].max() == 0 and pixels[1:].min() == 255
+    pixels = read_picture(io.BytesIO(encoded(Image.fromarray(values), "TIFF")))
+    assert pixels[0].max() == 0 and pixels[1:].min() == 255
     assert not recwarn.list
 
 
@@ -161,6 +149,8 @@ def test_linked_pictures_and_linked_class_folders_count_and_a_line_says_so(tmp_p
     (train / "cross" / "twin.png").symlink_to("c001.png")
     names = list_pictures(train)
     assert len(names) == 10 and {"level/l000.png", "cross/c000.png"} <= set(names)
+    os.mkfifo(train / "cross" / "pipe.png")  # whoever reads it waits for ever
+    assert list_pictures(train) == names
     assert names == sorted(names) and splits.class_folders(train) == ["cross", "level", "upright"]
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "follows 2 links that lead out of it" in said

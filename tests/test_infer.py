@@ -12,16 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
 import infer
-from common.errors import UserError
 from common.export import load_exported
-from common.files import sealed
+from common.files import UserError, checksummed
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,25 @@ def test_every_picture_that_does_not_pass_gets_a_heatmap_of_its_own(edge, tiny, 
     assert run.returncode == 0, run.stderr
     verdicts = list(map(json.loads, run.stdout.splitlines()))
     rejected = {v["path"] for v in verdicts if v["decision"] == "REJECT"}
-    files = {str(f.relative_to(tmp_path / "maps")) for f in (tmp_path / "maps").rglob("*.jpg")}
+    drawn = [v["heatmap"] for v in verdicts if "heatmap" in v]
     assert len(verdicts) == 120 and len(rejected) > 70
-    assert files == {f"{path}.jpg" for path in rejected}
+    assert len(set(drawn)) == len(drawn) == len(rejected)
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == set(drawn)
+
+
+def test_paths_that_differ_in_anything_get_heatmaps_of_their_own(edge, tiny, tmp_path, monkeypatch):
+    source = sorted((tiny.data / "test" / "cross").iterdir())[0]
+    here = tmp_path / "here"
+    inside = here / tmp_path.relative_to("/")  # a relative path as the absolute one
+    for folder in (tmp_path, here / "up", inside):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / "a.png")
+    monkeypatch.chdir(here)
+    student, metadata = infer.load_student(edge / "student.ts")
+    judge = infer.Judge(student, metadata, (0, 1), here / "maps")
+    paths = [tmp_path / "a.png", Path(inside.relative_to(here), "a.png"), Path("../a.png"),
+             Path("up/a.png")]
+    assert len({judge(path)["heatmap"] for path in paths}) == 4
 
 
 def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):
@@ -123,6 +140,47 @@ def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):
     Image.new("L", (5, 400)).save(tmp_path / "tall.png")
     run = run_infer("--model", edge / "student.ts", tmp_path)
     assert run.returncode == 0 and len(run.stdout.splitlines()) == 2
+
+
+def test_a_score_that_is_no_number_is_rejected_and_a_tiny_one_is_not_lost():
+    metadata = {"view_size": 2, "white_level": 65535, "classes": ["bad", "good"],
+                "good_class": "good", "operating_point": {"threshold": 0.5}}
+    frame = np.zeros((2, 2, 3), np.uint8)
+
+    def verdict(*p, band=None):
+        student = lambda pictures: np.array([p], np.float32)  # noqa: E731
+        return infer.Judge(student, metadata, band)(Path("x"), frame)
+
+    for band in (None, (0.2, 0.9)):
+        assert verdict(np.nan, np.nan, band=band)["decision"] == "REJECT"
+    assert verdict(3e-9, 1.0)["defect_score"] == pytest.approx(3e-9)  # 1 - p(good) is 0
+
+
+def test_the_int8_engine_is_the_first_of_a_fixed_order_that_works(monkeypatch):
+    before, tried = torch.backends.quantized.engine, []
+
+    def load():
+        tried.append(torch.backends.quantized.engine)
+        if len(tried) == 1:
+            raise RuntimeError("this engine cannot pack it")
+        return lambda frame: None
+
+    try:
+        _, engine = infer.first_working_engine(load, None)
+    finally:
+        torch.backends.quantized.engine = before
+    supported = torch.backends.quantized.supported_engines
+    assert tried == [name for name in infer.ENGINES if name in supported][:2]
+    assert engine == tried[1]
+
+
+def test_a_pattern_that_matches_only_folders_means_what_is_in_them(tmp_path):
+    for name in ("one/a.png", "two/b.png", "two/.c.png", "two/.d/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    paths = list(infer.list_pictures([f"{tmp_path}/*"]))
+    assert paths == [tmp_path / "one" / "a.png", tmp_path / "two" / "b.png"]
+    assert list(infer.list_pictures([f"{tmp_path}/**"])) == paths
 
 
 def test_names_forge_no_line_and_drive_no_terminal_and_lead_back_to_the_file(
@@ -165,7 +223,7 @@ def test_a_pipe_among_the_pictures_is_not_waited_for(edge, tmp_path):
 
 def test_heatmaps_are_not_written_among_the_pictures(edge, tiny, tmp_path):
     shutil.copytree(tiny.data / "test" / "cross", tmp_path / "shots")
-    words = ("--model", edge / "student.ts", "shots", "--heatmap", ".")
+    words = ("--model", edge / "student.ts", "shots", "--heatmap", "shots")
     assert "among the pictures" in in_one_line(run_infer(*words, cwd=tmp_path))
     assert not list(tmp_path.rglob("*.jpg"))
 
@@ -255,6 +313,47 @@ def test_a_watched_folder_is_judged_once_and_whole_across_a_kill(edge, tiny, tmp
     assert "error" in bad and all("decision" in line for line in whole)
 
 
+def test_a_file_whose_size_is_final_before_its_pixels_is_judged_at_rest(monkeypatch, tmp_path):
+    """A preallocated BMP is readable all the while; only its time of change tells that it grows."""
+    def write(second):
+        (tmp_path / "x.bmp").write_bytes(bytes(100))
+        os.utime(tmp_path / "x.bmp", (second, second))
+
+    steps = iter([lambda: write(1), lambda: write(2), lambda: None, lambda: write(3)])
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        next(steps, lambda: None)()
+
+    write(0)
+    monkeypatch.setattr(infer.time, "sleep", sleep)
+    judged = set()
+    arriving = infer.arrivals(tmp_path, judged)
+    _, first = next(arriving)
+    judged.add(first)
+    _, second = next(arriving)
+    assert (first[2], second[2]) == (2 * 10**9, 3 * 10**9)
+
+
+def test_looking_at_thousands_of_judged_pictures_takes_little_of_a_core(monkeypatch, tmp_path):
+    for number in range(5000):
+        (tmp_path / f"{number}.png").touch()
+    judged = {infer.key_of(path) for path in tmp_path.iterdir()}
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer.time, "sleep", sleep)
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        next(infer.arrivals(tmp_path, judged))
+    assert (time.process_time() - start) < 0.08 * sum(slept)
+
+
 def test_a_damaged_line_costs_no_more_than_its_own_picture(edge, shots):
     watcher = start_watch(edge, shots)
     wait_until(lambda: len(names_judged(shots)) == 5)
@@ -286,8 +385,8 @@ def test_odd_pictures_do_not_end_the_watch(edge, tmp_path):
     wait_until(lambda: len(names_judged(folder)) == 5)
     stop(watcher)
     unread = {record["key"][0] for record in judged(folder) if "error" in record}
-    assert unread == {"wider.png", "x\\ny.png"}
-    assert len(list((tmp_path / "maps").rglob("*.jpg"))) == 3
+    assert unread == {"wider.png", "x\ny.png"}
+    assert len(list((tmp_path / "maps").iterdir())) == 3
 
 
 def test_a_second_watcher_is_refused_in_one_line(edge, shots):
@@ -361,13 +460,12 @@ def test_a_foreign_truncated_or_damaged_model_is_refused_in_one_line(
         load_exported(file)
 
 
-def refusal(file, capsys, *more):
+def refusal(file, *more):
     """What infer.py's loading says of a file that it refuses, in one line."""
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(infer.Refused) as refused:
         infer.load_student(file, *more)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    return said
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 class Foreign(torch.nn.Module):
@@ -385,19 +483,19 @@ class Foreign(torch.nn.Module):
     {"operating_point": {"threshold": "0.5"}}, {"good_class": None},
     "[]", "{}", "null", "no JSON", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, None,
 ], ids=lambda change: str(change)[:40])
-def test_torchscript_with_other_metadata_is_refused_in_one_line(edge, tmp_path, capsys, change):
+def test_torchscript_with_other_metadata_is_refused_in_one_line(edge, tmp_path, change):
     metadata = load_exported(edge / "student.ts")[1]
     text = json.dumps({**metadata, **change}) if isinstance(change, dict) else change
     extra = {} if text is None else {"metadata.json": text}
-    with sealed(tmp_path / "x.ts") as file:
+    with checksummed(tmp_path / "x.ts") as file:
         torch.jit.save(torch.jit.script(Foreign()), file, _extra_files=extra)
     if change == {}:
         assert metadata.items() <= infer.load_student(tmp_path / "x.ts")[1].items()
     else:
-        assert "not a student.ts" in refusal(tmp_path / "x.ts", capsys)
+        assert "not a student.ts" in refusal(tmp_path / "x.ts")
 
 
-def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_path, capsys):
+def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_path):
     whole = (edge / "student.int8.ts").read_bytes()
     metadata = load_exported(edge / "student.int8.ts")[1]
     file, chance, refused = tmp_path / "x.ts", random.Random(0), 0
@@ -411,18 +509,17 @@ def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_p
         file.write_bytes(data)
         try:
             assert metadata.items() <= infer.load_student(file)[1].items()
-        except SystemExit as end:
-            said = capsys.readouterr().err
-            assert end.code == 2 and said.count("\n") == 1 and "export it again" in said
+        except infer.Refused as error:
+            assert "export it again" in str(error)
             refused += 1
     assert refused > 20
 
 
-def test_only_the_model_of_the_named_sha256_is_loaded(edge, capsys, infer_here):
+def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here):
     file = edge / "student.ts"
     right = hashlib.sha256(file.read_bytes()).hexdigest()
     assert infer.load_student(file, right.upper())[1]["precision"] == "float32"
-    said = refusal(edge / "student.int8.ts", capsys, right)
+    said = refusal(edge / "student.int8.ts", right)
     assert right in said and "its sha256 is" in said
     assert right in in_one_line(infer_here("--model", file, "--sha256", "0" * 64, ROOT))
     help_text = " ".join(infer_here("--help").stdout.split())
