@@ -2,11 +2,11 @@
 
     python distill.py                                    # the distilled student
     python distill.py --alpha 0 --output runs/alone      # the stand-alone baseline, as many steps
-    python distill.py runs/ensemble --alpha 0.9 --temperature 2 --epochs 20
-    python distill.py --epochs 1                         # a minute on a laptop
+    python distill.py runs/ensemble --alpha 0.9 --temperature 2 --steps 2000
+    python distill.py --steps 50                         # seconds on a laptop
 
 Reads   runs/ensemble/ and the pictures it was made from; no teacher is loaded
-Writes  runs/student/best.pt, last.pt, log.csv
+Writes  runs/student/model.pt, last.pt, log.csv
         runs/student/student.ts        TorchScript: uint8 pictures in, class probabilities out
         runs/student/student.int8.ts   the same in 8 bits: a quarter of the size, and faster
         runs/student/student.onnx, student.int8.onnx   with --onnx, for devices without torch
@@ -14,55 +14,59 @@ Next    evaluate.py, infer.py
 
     loss = (1 - alpha) CE(s, y) + alpha T^2 KL(ensemble at T || student at T)
 
-An epoch is a pass over the labelled and the unlabelled pictures. With --alpha 0 it has as many
-steps, all on labelled pictures, each pass in new views.
+The student sees the labelled and the unlabelled pictures, pass after pass, each pass in the next of
+the cached views. With --alpha 0 it sees labelled pictures alone, each pass in new views.
 """
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.optim import param_groups_weight_decay
 
-from common import cli, distributed, export, folders, models, onnx_file, splits, training
+from common import cli, distributed, export, export_onnx, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
-from common.errors import UserError
-from common.files import file_sha256
+from common.files import UserError, file_sha256
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
-from common.threshold import good_class
+from common.metrics import describe_rates
 from common.views import ViewRecipe, render
 
-STEPS, EMBEDDED_EPOCHS = 1000, 6  # the embedded set's chain ends in a few minutes
+STEPS, EMBEDDED_STEPS = 1000, 552  # the embedded set's chain ends in a few minutes
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
 
 def parse_arguments():
     p = cli.parser(__doc__)
     p.add_argument("ensemble", nargs="?", default="runs/ensemble",
-                   help="folder made by build_ensemble.py")
+                   help="folder made by build_ensemble.py (default: %(default)s)")
     p.add_argument("--alpha", type=cli.fraction, default=0.9,
-                   help="share of the soft targets in the loss; 0 is the baseline")
+                   help="share of the soft targets in the loss; 0 is the baseline "
+                   "(default: %(default)s)")
     p.add_argument("--temperature", type=cli.positive_float, default=2.0,
-                   help="T that softens teachers and student in the loss")
+                   help="T that softens teachers and student in the loss (default: %(default)s)")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--pretrained", action="store_true",
                        help="start from torchvision's ImageNet weights (needs a network once)")
     start.add_argument("--weights", metavar="FILE",
                        help="start from a ResNet18 in torchvision's key names (.safetensors, .pth)")
-    p.add_argument("--epochs", type=cli.positive_int,
-                   help="passes over labelled and unlabelled pictures (default: as many as make "
-                   f"{STEPS} steps; {EMBEDDED_EPOCHS} on the embedded set)")
-    p.add_argument("--seed", type=cli.natural, default=0,
-                   help="of initialisation and order; the views are the ensemble's")
-    p.add_argument("--output", default="runs/student", help="run folder to write")
-    cli.add_run_flags(p)
-    cli.add_device_flag(p)
+    p.add_argument("--steps", type=cli.positive_int, metavar="N",
+                   help=f"batches to train on (default: {STEPS}; {EMBEDDED_STEPS} for the embedded "
+                   "set)")
+    p.add_argument("--epochs", type=cli.positive_int, nargs=1, help=argparse.SUPPRESS)
+    p.add_argument("--seed", type=cli.seed, default=0,
+                   help="of initialisation and order; the views are the ensemble's "
+                   "(default: %(default)s)")
+    p.add_argument("--output", default="runs/student",
+                   help="run folder to write (default: %(default)s)")
 
     g = p.add_argument_group("pictures")
     g.add_argument("--data-dir",
                    help="the pictures' folder (default: where the ensemble found them)")
     g.add_argument("--unlabelled", metavar="DIR",
                    help="the unlabelled pictures' folder (default: likewise)")
-    g.add_argument("--img-size", type=cli.positive_int,
+    g.add_argument("--img-size", type=cli.picture_size,
                    help="side in px the student sees (default: the view size)")
     cli.add_training_flags(p)
 
@@ -71,163 +75,190 @@ def parse_arguments():
                    help="the class that is no defect (default: good or ok, where there is one)")
     target = g.add_mutually_exclusive_group()
     target.add_argument("--max-miss-rate", type=cli.open_fraction, default=0.05,
-                        help="share of the defects that may pass, for the threshold")
+                        help="share of the defects that may pass, with 95 %% confidence, for the "
+                        "threshold (default: %(default)s)")
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction,
                         help="share of the good parts that may be rejected, instead")
     g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
-                   help="points of validation accuracy that student.int8.ts may lose, or one "
-                   "picture; else it is not written")
+                   help="points of validation accuracy that an int8 file may lose, or one "
+                   "picture; else it is not written (default: %(default)s)")
     g.add_argument("--onnx", action="store_true",
                    help="write both files as ONNX too (needs onnx, onnxscript and onnxruntime)")
-    cli.add_reading_flags(p)
+    cli.add_common_flags(p)
     return p.parse_args()
 
 
 @distributed.processes()
 def main():
-    watch, args = cli.Stopwatch(), parse_arguments()
+    args = parse_arguments()
     output = Path(args.output)
     distributed.check_batch(args.batch_size)
-    if args.onnx:
-        onnx_file.require_packages()
-    training.check_run_folder(output, args.resume, args.overwrite)
     with distributed.hold(output):
-        distil(output, args, watch)
-    print(watch)
+        training.check_run_folder(output, args.resume, args.overwrite)
+        # What --onnx has written before is written again, or two exports would stand side by side.
+        onnx = args.onnx or args.resume and (output / "student.onnx").is_file()
+        if onnx:
+            export_onnx.require_packages()
+        distil(output, onnx, args)
+    cli.print_laps()
 
 
-def distil(output, args, watch):
+def distil(output, onnx, args):
     """Train the student into the run folder `output` and export it."""
     # What the ensemble was made from, and what it said.
-    ensemble = load_ensemble(args.ensemble)
-    recipe = cli.stored_recipe(ViewRecipe, ensemble, args.ensemble)
+    spec = load_ensemble(args.ensemble)
+    recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)
     with distributed.first_then_others():
-        labelled, everything, val, data = open_pictures(ensemble, args)
-    classes = data["classes"]
-    cache = CachedLogits(args.ensemble, ensemble) if args.alpha else None
+        labelled, everything, val, dataset = open_pictures(spec, args)
+    cache = CachedLogits(args.ensemble, spec) if args.alpha else None
     pictures = everything if args.alpha else labelled
-    watch.lap("pictures")
+    training.refuse_epochs(args.epochs, len(everything), args.batch_size)
+    cli.lap("pictures")
 
     # The student.
     with distributed.first_then_others():
-        model, groups = create(data, args)
+        model, groups = create(dataset, args)
     model.to(device, memory_format=torch.channels_last)
-    weights = None
-    if args.balance_classes:
-        weights = class_weights(labelled.labels, len(classes)).to(device)
+    balanced = class_weights(labelled.labels, len(dataset["classes"])).to(device)
+    weights = balanced if args.balance_classes else None
 
     # The run.
-    schedule = plan_steps(len(everything), data, args)
+    embedded = splits.is_embedded(dataset["dir"])
+    steps = args.steps or (EMBEDDED_STEPS if embedded else STEPS)
+    schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
     run = training.Run(model, groups, schedule, output, {
         "kind": "student",
         "model": "resnet18",
-        "classes": classes,
+        "classes": dataset["classes"],
         "img_size": model.img_size,
-        "data": data,
-        "view_recipe": ensemble["view_recipe"],
-        "args": cli.plain(args),
+        "dataset": dataset,
+        "view_recipe": spec["view_recipe"],
+        "args": vars(args),
         "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
     })
-    run.start(args.resume, cli.FREE_ON_RESUME)
-    learnt = describe(labelled, everything, cache, schedule.epochs)
-    print(f"resnet18 at {model.img_size} px: {learnt}, {run}")
+    run.start(args.resume)
+    print(f"resnet18 at {model.img_size} px: {lesson(labelled, everything, cache, args)}, {run}")
 
     alpha, T = args.alpha, args.temperature
-    for _ in run.epochs():
-        plan = run.batches(len(pictures), args.batch_size)
-        for indices, passes, batch in pictures.ahead(plan, device):
-            views = 1 + (passes % cache.views if cache else passes)
-            pixels = render(batch, indices, views, ensemble["seed"], recipe)
-            labels = pictures.labels[indices].to(device, non_blocking=True)
+    stored_views = cache.views if cache else None
+    for indices, views, batch in run.batches(pictures, args.batch_size, stored_views):
+        pixels = render(batch, indices, views, spec["seed"], recipe)
+        labels = pictures.labels[indices].to(device, non_blocking=True)
 
-            with models.autocast(device):
-                logits = run.network(pixels)
-            logits = logits.float()
-            loss = labelled_cross_entropy(logits, labels, weights)
-            loss = loss * distributed.label_weight(labels)
-            if cache:
-                q = cache.targets(views, indices, T)  # of these very pixels
-                q = q.to(device, non_blocking=True)
-                loss = (1 - alpha) * loss + alpha * T**2 * soft_divergence(q, logits / T)
-            run.step(loss)
-        watch.lap("training")
-        run.finish_epoch(val)
-        watch.lap("validation")
+        with models.autocast(device):
+            logits = run.network(pixels)
+        logits = logits.float()
+        loss = labelled_cross_entropy(logits, labels, weights)
+        if cache:
+            q = cache.targets(views, indices, T)  # of these very pixels
+            q = q.to(device, non_blocking=True)
+            loss = (1 - alpha) * distributed.label_weight(labels) * loss
+            loss = loss + alpha * T**2 * soft_divergence(q, logits / T)
+        run.step(loss)
+        if run.due:
+            run.validate(val)
+    cli.lap("training")
 
     if distributed.rank() == 0:
-        export_best(output, everything, val, ensemble, args)
-    watch.lap("export")
+        export_student(output, everything, val, spec, onnx, args)
+    cli.lap("export")
 
 
-def open_pictures(ensemble, args):
-    """(labelled, labelled with the pool, val, data record): what the ensemble was made from."""
-    cache, moved = cli.decoded_cache(args), {"dir": args.data_dir} if args.data_dir else {}
-    labelled, val, data = splits.open_training(cache, {**ensemble["data"], **moved})
-    pool = splits.open_same_pool(cache, args.unlabelled, data, ensemble["unlabelled"])
-    if args.good_class and args.good_class not in data["classes"]:
-        classes = ", ".join(data["classes"])
+def open_pictures(spec, args):
+    """(labelled, labelled with the pool, val, dataset): what the ensemble was made from."""
+    cache = cli.decoded_cache(args)
+    labelled, val, dataset = splits.open_training(cache, spec["dataset"], args.data_dir)
+    pool = splits.open_same_pool(cache, args.unlabelled, dataset, spec["unlabelled"])
+    if args.good_class and args.good_class not in dataset["classes"]:
+        classes = ", ".join(dataset["classes"])
         raise UserError(f"--good-class {args.good_class}: the classes are {classes}")
-    return labelled, labelled + pool if pool else labelled, val, data
+    return labelled, labelled + pool if pool else labelled, val, dataset
 
 
-def create(data, args):
+def create(dataset, args):
     """The student and its AdamW parameter groups."""
     torch.manual_seed(args.seed)
-    img_size = args.img_size or data["view_size"]
-    model = models.create_student(len(data["classes"]), img_size, args.pretrained, args.weights)
-    return model, models.parameter_groups(model, args.weight_decay)
+    img_size = args.img_size or dataset["view_size"]
+    model = models.create_student(len(dataset["classes"]), img_size, args.pretrained, args.weights)
+    return model, param_groups_weight_decay(model.backbone, args.weight_decay)
 
 
-def plan_steps(pictures, data, args):
-    """The schedule; a stand-alone student has as many steps as one that sees all the pictures."""
-    steps = -(-pictures // args.batch_size)
-    default = training.epochs_for(STEPS, steps)
-    epochs = args.epochs or (EMBEDDED_EPOCHS if folders.is_embedded(data["dir"]) else default)
-    return training.Schedule(
-        epochs, steps, args.lr, args.ema_decay, args.clip_grad, args.seed
-    )
-
-
-def describe(labelled, everything, cache, epochs):
+def lesson(labelled, everything, cache, args):
     """What the student learns from, in words."""
     if not cache:
         return f"{len(labelled)} labelled pictures (alpha 0: no teacher)"
-    uses = epochs / cache.views
     return (
         f"{len(labelled)} labelled and {len(everything) - len(labelled)} unlabelled pictures, "
-        f"{cache.views} cached views, each used {uses:.1f} times"
+        f"{cache.views} cached views"
     )
 
 
-def export_best(output, pictures, val, ensemble, args):
-    """Export best.pt as student.ts and student.int8.ts, and as ONNX where that is asked for."""
-    student, state = models.load_model(output / "best.pt", torch.device("cpu"))
-    recipe = ViewRecipe.from_record(ensemble["view_recipe"])
+def export_student(output, pictures, val, spec, onnx, args):
+    """Export model.pt as student.ts and student.int8.ts, and as ONNX where that is asked for."""
+    student, state = models.load_model(output / "model.pt", torch.device("cpu"))
+    recipe = cli.recipe(ViewRecipe.from_dict, state["view_recipe"], output)
     order = np.random.default_rng(args.seed).permutation(len(pictures))
     some = order[:CALIBRATION_PICTURES]
 
     def views():
         for part in np.array_split(some, -(-len(some) // CALIBRATION_BATCH)):
             batch = pictures.batch(part)
-            yield render(batch, part, np.ones(len(part), int), ensemble["seed"], recipe)
+            yield render(batch, part, np.ones(len(part), int), spec["seed"], recipe)
 
-    data = state["data"]
-    facts = {
+    dataset = state["dataset"]
+    about = {
         "classes": state["classes"],
         "good_class": good_class(state["classes"], args.good_class),
-        "view_size": data["view_size"],
-        "white_level": data["white_level"],
+        "view_size": dataset["view_size"],
+        "white_level": dataset["white_level"],
         "weights_sha256": state["weights_sha256"],
-        "checkpoint_sha256": file_sha256(output / "best.pt"),
+        "checkpoint_sha256": file_sha256(output / "model.pt"),
         "ensemble_sha256": state["ensemble_sha256"],
-        "data_fingerprint": data["fingerprint"],
+        "data_fingerprint": dataset["fingerprint"],
         "calibration_pictures": len(some),
     }
-    false_alarm = args.max_false_alarm_rate
-    miss = None if false_alarm else args.max_miss_rate
-    limits = export.Limits(miss, false_alarm, args.max_int8_drop)
-    export.export_student(student, val, views, facts, limits, output, args.onnx)
+    limits = export.Limits("miss", args.max_miss_rate, args.max_int8_drop)
+    if args.max_false_alarm_rate:
+        limits = replace(limits, goal="false_alarm", target=args.max_false_alarm_rate)
+    exported = export.export_student(student, val, views, about, limits, output, onnx)
+    for name, metadata in exported.items():
+        announce(output / name, metadata)
+
+
+def good_class(classes, wanted=None):
+    """The class that is no defect: `wanted`, or the one called good or ok, or None without one."""
+    named = (name for name in classes if name.lower() in ("good", "ok"))
+    return wanted or next(named, None)
+
+
+def announce(path, metadata):
+    """Say of a file that was written what it does on validation."""
+    metrics, point = metadata["validation"], metadata["operating_point"]
+    print(
+        f"{path}: val accuracy {metrics['accuracy']:.3f}, balanced "
+        f"{metrics['balanced_accuracy']:.3f}, NLL {metrics['nll']:.3f}, "
+        f"temperature {metadata['temperature']:.2f}, {path.stat().st_size / 1e6:.1f} MB"
+    )
+    print(f"{path}: sha256 {file_sha256(path)}")
+    if point:
+        print(describe_threshold(point, metadata["good_class"]))
+
+
+def describe_threshold(point, good):
+    """`choose_threshold`'s result in words, and a warning where too few pictures support it."""
+    kind, target = "defects" if point["goal"] == "miss" else "good parts", 100 * point["target"]
+    text = (
+        f"threshold {point['threshold']:.4f} on the probability of not being {good}, for at most "
+        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}"
+    )
+    if point["pictures"] < point["needed"]:
+        text += (
+            f"\nwarning: {point['pictures']} validation {kind}, none of them wrong, promise with "
+            f"95 % confidence no better than {100 * point['promised']:.1f} %; {target:g} % needs "
+            f"{point['needed']}"
+        )
+    return text
 
 
 if __name__ == "__main__":

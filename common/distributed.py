@@ -1,6 +1,8 @@
 """One script as several processes, one per GPU, started by torchrun; alone, nothing changes.
 
     torchrun --standalone --nproc-per-node 2 train_teacher.py --data-dir my_parts
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST1:29500 \\
+        train_teacher.py -b 96    # on each of two machines with one folder; under SLURM: srun -N 2
 
 Process 0 alone prints, validates and writes, so all need to see the same folders. Gradients are
 averaged by torch's DistributedDataParallel, over NCCL between GPUs and gloo between CPUs.
@@ -21,27 +23,26 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
-from common.files import exclusive
+from common.files import UserError, exclusive
 from common.losses import UNLABELLED
 
 PATIENCE = timedelta(days=2)  # while process 0 decodes or validates; one that dies ends all
 GRACE = 5  # seconds for torchrun to notice that another process ended
 
 
-def several():
+def is_distributed():
     """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized()
 
 
-def size():
+def world_size():
     """How many processes there are."""
-    return dist.get_world_size() if several() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def rank():
     """The number of this process; 0 prints and writes."""
-    return dist.get_rank() if several() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 @contextmanager
@@ -71,8 +72,7 @@ def processes():
 
 def barrier():
     """Wait for all processes; on the CPU, since NCCL would keep a GPU busy with waiting."""
-    if size() > 1:
-        dist.all_reduce(torch.zeros(1))
+    mean(torch.zeros(1))
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def hold(folder):
 
 def own_device(device):
     """The GPU of this process where there are several; any other device as it is."""
-    if size() == 1 or device.type != "cuda":
+    if not is_distributed() or device.type != "cuda":
         return device
     wanted, present = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if wanted > present:
@@ -104,17 +104,17 @@ def own_device(device):
 
 def check_batch(batch_size):
     """Raise a UserError for a batch that cannot be shared evenly."""
-    if batch_size % size():
-        near = max(1, round(batch_size / size())) * size()
+    if batch_size % world_size():
+        near = max(1, round(batch_size / world_size())) * world_size()
         raise UserError(
-            f"--batch-size {batch_size} is of all {size()} processes together and must be a "
-            f"multiple of {size()}; {near} is one"
+            f"--batch-size {batch_size} is of all {world_size()} processes together and must be a "
+            f"multiple of {world_size()}; {near} is one"
         )
 
 
 def share(items):
     """This process's part of a sequence or array: every item has one owner."""
-    return items[rank()::size()]
+    return items[rank()::world_size()]
 
 
 def parallel(model):
@@ -122,27 +122,19 @@ def parallel(model):
 
     Its parameters stay the model's own. On GPUs batch norms of the model are replaced.
     """
-    if size() == 1:
+    if not is_distributed():
         return model
     device = next(model.parameters()).device
     if device.type == "cuda":
         convert_sync_batchnorm(model)
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def mean(tensor):
     """The mean of the processes' tensors, the same on all."""
-    if size() > 1:
+    if is_distributed():
         dist.all_reduce(tensor)
-        tensor /= size()
-    return tensor
-
-
-def from_first(tensor):
-    """The tensor of process 0, on all."""
-    if size() > 1:
-        dist.broadcast(tensor, src=0)
+        tensor /= world_size()
     return tensor
 
 
@@ -152,16 +144,16 @@ def label_weight(labels):
     labels: int64 [B]. Shares hold different numbers of them; with n of the N labelled pictures and
     P processes it is P n / N, so that the mean over processes is the mean over labelled pictures.
     """
-    if size() == 1:
+    if not is_distributed():
         return 1.0
     own = (labels != UNLABELLED).sum().float()
-    return own / mean(own.clone()).clamp(min=1 / size())
+    return own / mean(own.clone()).clamp(min=1 / world_size())
 
 
-def sum_to_first(array):
+def reduce(array):
     """Add the processes' float32 arrays up in that of process 0, in place.
 
     Each place must be zero in all processes but one: as integers their sum keeps every bit.
     """
-    if size() > 1:
+    if is_distributed():
         dist.reduce(torch.from_numpy(array).view(torch.int32), dst=0)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError, require_same
-from common.files import check_seal, file_sha256, load_json, save_json, sealed
+from common import files
+from common.files import UserError
 from common.losses import product_of_experts
 
-SCHEMA = 5
+SCHEMA = 6
 
 
 def view_file(folder, view):
@@ -23,32 +23,62 @@ def view_file(folder, view):
 
 
 def write_view(folder, view, logits):
-    """Write one view's logits, float [teachers, pictures, classes]; returns the file's sha256."""
-    with sealed(view_file(folder, view)) as file:
+    """Write one view's logits, float [teachers, pictures, classes]."""
+    with files.checksummed(view_file(folder, view)) as file:
         np.save(file, logits)
-    return file.digest.hexdigest()
 
 
-def intact_views(folder, views, known):
-    """{view: sha256 of its file} of those stored already; says which are damaged and leaves them.
-
-    views: how many there are to be; known: {view: sha256} of the finished build, {} without one.
-    """
-    found = {}
+def missing_views(folder, views):
+    """The numbers below `views` of those not stored yet, or damaged, which a line says."""
+    missing = []
     for view in range(views):
         file = view_file(folder, view)
-        if not file.is_file():
-            continue
         try:
-            digest = check_seal(file)
+            files.check_checksum(file)
         except UserError as error:
-            print(f"{error}: computed again")
-            continue
-        if known.get(view, digest) == digest:
-            found[view] = digest
-        else:
-            print(f"{file}: not the one of this ensemble; computed again")
-    return found
+            missing.append(view)
+            if file.is_file():
+                print(f"{error}: computed again")
+    return missing
+
+
+def start_build(folder, spec, overwrite):
+    """Start or continue a build: refuse a folder of another one, and keep the views of this one.
+
+    spec: what ensemble.json is to say, but for what is fitted on validation.
+    """
+    path = folder / "ensemble.json"
+    if path.is_file():
+        try:
+            stored = files.load_json(path)
+        except UserError as error:
+            if not overwrite:
+                raise UserError(f"{error} with --overwrite") from None
+            stored = {}
+        both = identity(spec), identity(stored)
+        if not overwrite:
+            remedy = "use --overwrite or another --output"
+            files.require_same(*both, f"{folder} holds another ensemble", remedy)
+        if both[0] != both[1]:
+            for file in folder.glob("view_*.npy"):
+                file.unlink()
+    elif any(folder.glob("view_*.npy")):
+        raise UserError(
+            f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
+        )
+    files.save_json(spec, path)
+
+
+def identity(spec):
+    """What makes an ensemble what it is, wherever its pictures and teachers lie, as plain data."""
+    dataset, pool = spec.get("dataset") or {}, spec.get("unlabelled") or {}
+    kept = ("schema", "pictures", "view_recipe", "seed", "dtype")
+    return {
+        **{name: spec.get(name) for name in kept},
+        **{f"dataset {name}": value for name, value in dataset.items() if name != "dir"},
+        "unlabelled": pool.get("fingerprint"),
+        "teachers": [teacher["weights_sha256"] for teacher in spec.get("teachers") or []],
+    }
 
 
 def load_ensemble(folder):
@@ -58,85 +88,39 @@ def load_ensemble(folder):
         raise UserError(
             f"{folder}: no ensemble here (no ensemble.json); make it with build_ensemble.py"
         )
-    record = load_json(path)
-    if record.get("schema") != SCHEMA:
+    spec = files.load_json(path)
+    if spec.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: not an ensemble of this project (schema {SCHEMA}); "
             "make it with build_ensemble.py"
         )
-    if "sha256" not in record:
+    if "views" not in spec:
         raise UserError(
             f"{folder}: the build was interrupted; "
             "run build_ensemble.py again, it goes on where it stopped"
         )
-    return record
-
-
-def begin(folder, spec, overwrite):
-    """Start or continue a build: refuse a folder of another one, and keep the views of this one.
-
-    Returns {view: sha256} where an earlier build has finished, else {}.
-    """
-    path, known = folder / "ensemble.json", {}
-    if path.is_file():
-        try:
-            record = load_json(path)
-        except UserError as error:
-            if not overwrite:
-                raise UserError(f"{error} with --overwrite") from None
-            record = {}
-        old, new = identity(record), identity(spec)
-        if old == new:
-            known = dict(enumerate(record.get("sha256", [])))
-        elif not overwrite:
-            remedy = "use --overwrite or another --output"
-            require_same(new, old, f"{folder} holds another ensemble", remedy)
-        else:
-            for file in folder.glob("view_*.npy"):
-                file.unlink()
-    elif any(folder.glob("view_*.npy")):
-        raise UserError(
-            f"{folder}: has views but no ensemble.json; remove the folder or use another --output"
-        )
-    save_json(spec, path)
-    return known
-
-
-def identity(spec):
-    """What makes an ensemble what it is, wherever its pictures and teachers lie, as plain data."""
-    data, pool = spec.get("data") or {}, spec.get("unlabelled") or {}
-    teachers = [teacher.get("weights_sha256") for teacher in spec.get("teachers") or []]
-    kept = ("schema", "pictures", "view_recipe", "seed", "dtype")
-    return {
-        **{name: spec.get(name) for name in kept},
-        **{f"data {name}": value for name, value in data.items() if name != "dir"},
-        "unlabelled": pool.get("fingerprint"),
-        "teachers": teachers,
-    }
+    return spec
 
 
 class CachedLogits:
     """What the teachers said of every picture in every stored view, and the soft targets of it."""
 
-    def __init__(self, folder, record):
-        """record: of `load_ensemble`.
+    def __init__(self, folder, spec):
+        """spec: of `load_ensemble`.
 
         Raises UserError when a view's file is missing or its bytes are not the ones written.
         """
-        self.temperatures, self.weights = record["temperatures"], record["weights"]
-        self.logits = []
-        for view, digest in enumerate(record["sha256"]):
+        self.temperatures, self.weights = spec["temperatures"], spec["weights"]
+        self.views, self.logits = spec["views"], []
+        for view in range(1 + self.views):
             file = view_file(folder, view)
-            if not file.is_file() or file_sha256(file) != digest:
+            try:
+                files.check_checksum(file)
+            except UserError as error:
                 raise UserError(
-                    f"{file}: missing or damaged; run build_ensemble.py again, it computes it anew"
-                )
+                    f"{error}: build_ensemble.py, called again, computes it anew"
+                ) from None
             self.logits.append(np.load(file, mmap_mode="r"))
-
-    @property
-    def views(self):
-        """How many augmented views there are; view 0, the plain picture, is not counted."""
-        return len(self.logits) - 1
 
     def of(self, views, indices):
         """Raw logits float32 [teachers, B, classes] of picture indices[b] in view views[b]."""

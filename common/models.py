@@ -1,17 +1,25 @@
-"""Networks: any timm classifier as a teacher, torchvision's ResNet18 as the student."""
+"""Networks and their checkpoints: any timm classifier as a teacher, torchvision's ResNet18.
 
-import difflib
+A checkpoint is a dict of plain data and tensors in torch's format, checked when read. It cannot run
+code: only plain data is stored, and `weights_only=True` reads it.
+"""
+
+import hashlib
+from contextlib import suppress
 
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from common.checkpoints import load
-from common.errors import UserError, first_line
+from common.files import UserError, check_checksum, checksummed, first_line, versions
+
+SCHEMA = 4
+
+
+# -------------------------------------------------------------------------------------- networks
 
 
 class Classifier(nn.Module):
@@ -27,7 +35,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
 
     def normalise(self, pixels):
-        """What the backbone sees: pixels at its size, with its mean and spread."""
+        """What the backbone sees: pixels at its size, with its mean and standard deviation."""
         if pixels.shape[-1] != self.img_size:
             size = (self.img_size, self.img_size)
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
@@ -37,15 +45,6 @@ class Classifier(nn.Module):
         return self.backbone(self.normalise(pixels))
 
 
-def check_name(name):
-    """Raise UserError, with near names, when timm knows no such architecture."""
-    if timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-    hint = f"; near: {', '.join(near)}" if near else ""
-    raise UserError(f"--model {name}: timm has no such model{hint}")
-
-
 def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
@@ -53,70 +52,57 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     patches; weights: path of a file in timm's key names. Raises UserError when the weights cannot
     be had or do not fit, or the model does not take img_size.
     """
-    check_name(name)
-    source = {"pretrained": pretrained or weights is not None}
-    if weights is not None:
-        source["pretrained_cfg_overlay"] = {"file": str(weights)}
     try:
-        backbone, img_size = build_backbone(name, classes, img_size, source)
-        config = backbone.pretrained_cfg
-        model = Classifier(backbone, img_size, config["mean"], config["std"])
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, img_size, img_size))
+        return build_teacher(name, classes, img_size, pretrained, weights)
     except Exception as error:  # timm and the hub raise many kinds
         reason = first_line(error, 160)
-        if weights is not None:
-            message = f"--weights {weights} does not load into {name} at {img_size} px: {reason}"
-        elif pretrained:
-            message = (
-                f"--pretrained: no weights for {name} ({reason}); without a network, "
-                "download them elsewhere and give --weights FILE"
-            )
-        else:
-            message = f"--model {name} at {img_size} px: {reason}; try another --img-size"
-        raise UserError(message) from None
+    if (pretrained or weights) and can_be_built(name, classes, img_size):
+        if weights:
+            raise UserError(f"--weights {weights} does not load into {name}: {reason}")
+        raise UserError(
+            f"--pretrained: no weights for {name} ({reason}); without a network, "
+            "download them elsewhere and give --weights FILE"
+        )
+    raise UserError(f"--model {name} at {img_size} px: {reason}; try another --img-size")
+
+
+def build_teacher(name, classes, img_size, pretrained=False, weights=None):
+    """`create_teacher`, with whatever timm and the hub raise."""
+    options = {"num_classes": classes, "pretrained": pretrained or weights is not None}
+    if weights is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    backbone = create_backbone(name, img_size, options)
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[0]
+    if img_size % patch:  # timm would leave out what remains
+        img_size = -(-img_size // patch) * patch
+        backbone = create_backbone(name, img_size, options)
+    config = backbone.pretrained_cfg
+    model = Classifier(backbone, img_size, config["mean"], config["std"])
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, img_size, img_size))
     return model
 
 
-def build_backbone(name, classes, img_size, source):
-    """(timm model, the side in px it takes): whole patches, since timm leaves out what remains."""
-    try:
-        backbone = timm.create_model(name, num_classes=classes, img_size=img_size, **source)
-    except TypeError:  # most CNNs take any size and have no such argument
-        backbone = timm.create_model(name, num_classes=classes, **source)
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    patch = patch if isinstance(patch, int) else patch[0]
-    if img_size % patch:
-        return build_backbone(name, classes, -(-img_size // patch) * patch, source)
-    if not source["pretrained"] and isinstance(backbone, timm.models.ResNet):
-        wake_residual_branches(backbone)
-    return backbone, img_size
+def create_backbone(name, img_size, options):
+    """A timm model for pictures of img_size px, which most CNNs have no argument for.
 
-
-def wake_residual_branches(backbone):
-    """Let every residual branch take part from the first step.
-
-    timm starts the last norm of each branch at weight zero (Goyal et al. 2017), which steadies long
-    schedules; a run from scratch of a few hundred steps is half over before they have grown.
+    Residual branches start awake: timm would start the last norm of each at weight zero (Goyal et
+    al. 2017), and a run of a few hundred steps is half over before it has grown.
     """
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-            nn.init.ones_(module.weight)
+    for more in ({"img_size": img_size}, {"zero_init_last": False}):
+        with suppress(TypeError):
+            return timm.create_model(name, **options, **more)
+    return timm.create_model(name, **options)
 
 
-class ResNet18(torchvision.models.ResNet):
-    """torchvision's ResNet18, with the two methods that timm asks for to find layers."""
-
-    def __init__(self, classes):
-        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=classes)
-
-    def get_classifier(self):
-        """The head."""
-        return self.fc
-
-    def group_matcher(self, coarse=False):
-        """Patterns that tell stem and blocks by the names of parameters."""
-        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)\.(\d+)"}
+def can_be_built(name, classes, img_size):
+    """Whether timm makes this model for pictures of this size, whatever its weights."""
+    try:
+        build_teacher(name, classes, img_size)
+    except Exception:
+        return False
+    return True
 
 
 def create_student(classes, img_size, pretrained=False, weights=None):
@@ -125,98 +111,44 @@ def create_student(classes, img_size, pretrained=False, weights=None):
     classes: their number; img_size: px; weights: path of a state dict in torchvision's key names,
     .safetensors or torch's format. Raises UserError when weights cannot be had or do not fit.
     """
-    backbone = ResNet18(classes)
-    if weights is not None:
-        fill(backbone, read_state_dict(weights), f"--weights {weights}")
-    elif pretrained:
-        fill(backbone, download_resnet18(), "--pretrained")
+    backbone = torchvision.models.resnet18(num_classes=classes)
+    if pretrained or weights:
+        state = read_resnet18(weights)
+        source = f"--weights {weights}" if weights else "--pretrained"
+        try:
+            body = {name: value for name, value in state.items() if not name.startswith("fc.")}
+            missing, unexpected = backbone.load_state_dict(body, strict=False)
+        except (RuntimeError, AttributeError) as error:
+            raise UserError(f"{source}: not a ResNet18 ({first_line(error)})") from None
+        if unexpected or any(not name.startswith("fc.") for name in missing):
+            raise UserError(f"{source}: not torchvision's ResNet18 (key names differ)")
     return Classifier(backbone, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def read_state_dict(path):
-    """The state dict in a .safetensors file or one of torch's; nothing in it can run."""
+def read_resnet18(path):
+    """The state dict in a file, whose code never runs; without a path torchvision's, downloaded."""
     try:
-        return timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"--weights {path}: not a readable state dict ({first_line(error)})"
-        ) from None
-
-
-def download_resnet18():
-    """torchvision's ImageNet weights, downloaded once."""
-    try:
+        if path:
+            return timm.models.load_state_dict(str(path), weights_only=True)
         return torchvision.models.ResNet18_Weights.DEFAULT.get_state_dict(progress=True)
-    except Exception as error:
-        raise UserError(
-            f"--pretrained: cannot download resnet18-f37072fd.pth ({first_line(error)}); "
-            "download it elsewhere and give --weights FILE"
-        ) from None
-
-
-def fill(backbone, state, source):
-    """Load all but the head of a ResNet18's state dict. source: for the UserError's message."""
-    try:
-        body = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        missing, unexpected = backbone.load_state_dict(body, strict=False)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{source}: not a ResNet18 ({first_line(error)})") from None
-    if unexpected or any(not name.startswith("fc.") for name in missing):
-        raise UserError(f"{source}: not torchvision's ResNet18 (key names differ)")
-
-
-def load_model(path, device):
-    """(Classifier in evaluation mode, its checkpoint without the tensors) from a best.pt."""
-    state = load(path)
-    if state["kind"] == "student":
-        model = create_student(len(state["classes"]), state["img_size"])
-    else:
-        model = create_teacher(state["model"], len(state["classes"]), state["img_size"])
-    model.load_state_dict(state.pop("state_dict"))
-    return model.to(device, memory_format=torch.channels_last).eval(), state
-
-
-def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
-    """AdamW groups with timm's `lr_scale`, which its schedulers multiply the learning rate by.
-
-    From scratch (layer_decay None) all layers share one rate. For a pretrained backbone the last
-    block gets backbone_lr, each earlier one layer_decay times the next (ELECTRA, Clark et al.
-    2020), and the new head 1. Biases and norms have no weight decay.
-    """
-    backbone = model.backbone
-    skip = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
-    if layer_decay is None:
-        return param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=skip)
-    head = {id(p) for p in backbone.get_classifier().parameters()}
-    groups = param_groups_layer_decay(
-        backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
+    except Exception as error:  # of many kinds
+        reason = first_line(error)
+    if path:
+        raise UserError(f"--weights {path}: not a readable state dict ({reason})")
+    raise UserError(
+        f"--pretrained: cannot download resnet18-f37072fd.pth ({reason}); "
+        "download it elsewhere and give --weights FILE"
     )
-    result = []
-    for group in groups:
-        scale = min(1.0, group["lr_scale"] / layer_decay) * backbone_lr
-        body = [p for p in group["params"] if id(p) not in head]
-        new = [p for p in group["params"] if id(p) in head]
-        for params, lr_scale in ((body, scale), (new, 1.0)):
-            if params:
-                decay = group["weight_decay"]
-                result.append({"params": params, "weight_decay": decay, "lr_scale": lr_scale})
-    return result
 
 
-def fine_tuning_rates(backbone):
-    """(backbone_lr, layer_decay) for `parameter_groups`: steep for transformers, flat for CNNs.
-
-    A CNN has more blocks, so a transformer's decay would freeze its early ones.
-    """
-    attends = any("attn" in name for name, _ in backbone.named_modules())
-    return (0.1, 0.75) if attends else (1.0, 0.95)
+# ----------------------------------------------------------------------------- running a network
 
 
 def precision(device):
     """The dtype for mixed precision where the hardware computes in it, else None (float32).
 
-    bfloat16 or float16 on cuda, bfloat16 on CPUs with AVX512-BF16 or AMX (elsewhere it is emulated,
-    and many times slower than float32). On mps none: untried.
+    On CPUs without AVX512-BF16 or AMX bfloat16 is emulated, many times slower than float32. On mps
+    none: untried.
     """
     if device.type == "cuda":
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -246,11 +178,55 @@ def predict(model, pictures, device, batch_size=64):
     return torch.cat(logits)
 
 
-def features(model, pictures, device):
-    """What a teacher's last layer sees of the plain pictures: float32 [N, D] on the CPU."""
+# ------------------------------------------------------------------------------------ checkpoints
 
-    def before_the_head(pixels):
-        maps = model.backbone.forward_features(model.normalise(pixels))
-        return model.backbone.forward_head(maps, pre_logits=True)
 
-    return predict(before_the_head, pictures, device)
+def save_checkpoint(state, path):
+    """Write a dict of plain data and tensors; adds schema and versions."""
+    with checksummed(path) as file:
+        torch.save({"schema": SCHEMA, "versions": versions(), **state}, file)
+
+
+def load_checkpoint(path, mmap=False):
+    """Read what `save_checkpoint` wrote, tensors on the CPU; mmap: only when they are used.
+
+    Raises UserError when it is not such a file or when any byte of it is not the one written.
+    """
+    check_checksum(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises many kinds for foreign and truncated files
+        raise UserError(
+            f"{path}: not a readable checkpoint ({first_line(error)}); make it again"
+        ) from None
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: not a checkpoint of this project (schema {SCHEMA}); make it with its scripts"
+        )
+    return state
+
+
+def read_header(path):
+    """What a checkpoint says beside its weights, which stay on disk; refused as by the above."""
+    state = load_checkpoint(path, mmap=True)
+    return {key: value for key, value in state.items() if key != "state_dict"}
+
+
+def load_model(path, device):
+    """(Classifier in evaluation mode, its checkpoint without the tensors) from a model.pt."""
+    state = load_checkpoint(path)
+    if state["kind"] == "student":
+        model = create_student(len(state["classes"]), state["img_size"])
+    else:
+        model = create_teacher(state["model"], len(state["classes"]), state["img_size"])
+    model.load_state_dict(state.pop("state_dict"))
+    return model.to(device, memory_format=torch.channels_last).eval(), state
+
+
+def weights_sha256(state_dict):
+    """sha256 over names, shapes and bytes of a state dict: what later stages know a model by."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

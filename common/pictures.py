@@ -1,18 +1,238 @@
-"""Decoded pictures of one or several folders behind one index."""
+"""Picture files -> decoded cache -> batches: read once, resized, one memory-mapped uint8 array.
+
+    runs/decoded/<folder>-<view size>-<hash of its path>/images.bin   uint8 [N, S, S, 3], RGB
+                                                        /index.json   path, sha256, size of each
+
+Every opening hashes the bytes of all files (about a second per GB), since names, sizes and time
+stamps can stay while the contents change; then the array is made again. The array is hashed too.
+Files are read by infer.py's own lines, so that a device sees what training saw.
+"""
 
 import hashlib
+import io
 import json
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
+from common import files
+from common.files import UserError
 from common.losses import UNLABELLED
+from infer import EXTENSIONS, FORMATS, is_deep, read_picture
+
+WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
+VERSION = 5  # raise it when decoding or resizing changes
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def list_pictures(folder):
+    """Relative paths of the pictures below a folder, class folder after class folder, sorted.
+
+    Links are followed; a line says where some lead out of `folder`. Files and folders whose name
+    begins with a dot are left out. Raises UserError where the folder is missing, and for a link to
+    nothing or in a circle.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    inside = folder.resolve()
+    paths, outside = [], []
+    for home, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [Path(home, name) for name in names if is_picture(name)]
+        paths += [path.relative_to(folder).parts for path in pictures if path.is_file()]
+        below = [Path(home, name) for name in folders]
+        for link in filter(Path.is_symlink, below + pictures):
+            if not link.exists():
+                raise UserError(f"{link}: a link to nothing; mend or remove it")
+            if Path(home).resolve().is_relative_to(link.resolve()):
+                raise UserError(f"{link}: a link to a folder that it lies in; remove it")
+            if not link.resolve().is_relative_to(inside):
+                outside.append(f"{link} -> {link.resolve()}")
+    if outside:
+        say_once(f"{folder}: follows {len(outside)} links that lead out of it, the first "
+                 f"{min(outside)}")
+    return ["/".join(parts) for parts in sorted(paths)]
+
+
+def is_picture(name):
+    """Whether a file is a picture by its name."""
+    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+
+
+@cache
+def say_once(line):
+    """Print a line, once in a process: a folder is listed several times."""
+    print(line)
+
+
+def resize(picture, size):
+    """uint8 tensor [H, W, 3] -> uint8 [size, size, 3]: antialiased, squeezed, never cropped.
+
+    torch's operator in integers, as in the exported model: the same bytes on every processor.
+    """
+    planes = picture.permute(2, 0, 1)[None]
+    small = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    return small[0].permute(1, 2, 0)
+
+
+# ----------------------------------------------------------------------------------------- cache
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The readable pictures of one folder at one size.
+
+    images: uint8 memory map [N, S, S, 3]; paths: below the folder; digests: sha256 of each file;
+    sizes: (width, height, bytes) of each file; bad: {path: why it cannot be read}; fingerprint: a
+    hash of all that decides the images.
+    """
+
+    folder: Path
+    images: np.ndarray
+    paths: list
+    digests: list
+    sizes: list
+    bad: dict
+    fingerprint: str
+
+    def require_readable(self, skip_bad):
+        """Raise a UserError that lists every unreadable picture, or with skip_bad only print it."""
+        rows = "\n".join(f"  {self.folder / path}: {why}" for path, why in self.bad.items())
+        count = f"{self.folder}: {len(self.bad)} pictures cannot be read"
+        if self.bad and not skip_bad:
+            raise UserError(f"{count}; mend them or use --skip-bad\n{rows}")
+        if self.bad:
+            print(f"{count} and are left out\n{rows}")
+
+
+class DecodedCache:
+    """Where decoded folders are kept, and how they are read."""
+
+    def __init__(self, home, workers=2, skip_bad=False):
+        """home: folder of the cache; workers: threads that decode."""
+        self.home, self.workers, self.skip_bad = Path(home), workers, skip_bad
+
+    def open(self, folder, view_size, white_level=WHITE_LEVEL):
+        """The `Decoded` of a folder at view_size px, made or made again where need be.
+
+        Costs a decoding per picture once, and a hashing of all bytes at each opening. Raises
+        UserError for a missing folder or one without a picture.
+        """
+        folder = Path(folder)
+        paths = list_pictures(folder)
+        if not paths:
+            raise UserError(f"{folder}: holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        with ThreadPoolExecutor(self.workers) as pool:
+            digests = list(pool.map(lambda path: files.file_sha256(folder / path), paths))
+        wanted = {
+            "version": VERSION,
+            "view_size": view_size,
+            "white_level": white_level,
+            "files": [list(row) for row in zip(paths, digests)],
+        }
+        key = hashlib.sha256(os.fsencode(folder.resolve()) + str(white_level).encode()).hexdigest()
+        home = self.home / f"{folder.name}-{view_size}-{key[:8]}"
+        index = read_index(home, wanted)
+        if index is None:
+            with files.exclusive(home, wait=True):  # another process may be decoding the same
+                index = read_index(home, wanted) or self.decode(folder, home, wanted)
+        warn_if_dark(folder, index)
+
+        kept = [row for row in wanted["files"] if row[0] not in index["bad"]]
+        shape = (len(kept), view_size, view_size, 3)
+        images = np.empty(shape, np.uint8)
+        if kept:  # an empty file cannot be mapped
+            images = np.memmap(home / "images.bin", np.uint8, "r", shape=shape)
+        paths, digests = ([row[k] for row in kept] for k in (0, 1))
+        content = json.dumps([VERSION, view_size, white_level, kept])
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        return Decoded(folder, images, paths, digests, index["sizes"], index["bad"], fingerprint)
+
+    def decode(self, folder, home, wanted):
+        """Decode every picture of `wanted` into home/images.bin; returns the index beside it."""
+        start = time.perf_counter()
+        (home / "index.json").unlink(missing_ok=True)  # valid only of the array beside it
+        rows, size = wanted["files"], wanted["view_size"]
+        bad, sizes, brightest = {}, [], None
+
+        def decode(row):
+            return decode_file(folder / row[0], row[1], size, wanted["white_level"])
+
+        images, threads = files.checksummed(home / "images.bin"), ThreadPoolExecutor(self.workers)
+        with images as array, threads as pool:
+            decoded = pool.map(decode, rows)
+            bar = tqdm(decoded, f"decoding {folder}", len(rows), disable=None, leave=False)
+            for (path, _), (pixels, properties) in zip(rows, bar):
+                if pixels is None:
+                    bad[path] = properties
+                    continue
+                array.write(pixels.numpy().tobytes())
+                *its_size, deep = properties
+                sizes.append(its_size)
+                if deep:
+                    brightest = max(brightest or 0, int(pixels.max()))
+        index = {**wanted, "bad": bad, "sizes": sizes, "brightest_deep": brightest}
+        files.save_json(index, home / "index.json")
+        seconds = time.perf_counter() - start
+        print(f"decoded {len(sizes)} pictures of {folder} at {size} px in {seconds:.1f} s")
+        return index
+
+
+def read_index(home, wanted):
+    """The stored index where it matches `wanted` and its array is undamaged, else None."""
+    try:
+        index = files.load_json(home / "index.json")
+        files.check_checksum(home / "images.bin")
+    except UserError:
+        return None
+    return index if wanted.items() <= index.items() else None
+
+
+def decode_file(path, digest, size, white_level):
+    """(uint8 tensor [size, size, 3], (width, height, bytes, is_deep)), or (None, why not)."""
+    content = None
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError("changed while it was read")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            deep = is_deep(image)
+        picture = read_picture(io.BytesIO(content), white_level)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        reason = files.first_line(error).split(" <_io")[0]  # the path is told beside it
+        return None, "the file is empty" if content == b"" else f"{type(error).__name__}: {reason}"
+    height, width = picture.shape[:2]
+    return resize(torch.from_numpy(picture), size), (width, height, len(content), deep)
+
+
+def warn_if_dark(folder, index):
+    """Say so where 16-bit pictures use no more than the lowest 12 bits, as of a 12-bit camera."""
+    brightest = index["brightest_deep"]
+    dark = brightest is not None and brightest <= 255 * 4095 // WHITE_LEVEL
+    if dark and index["white_level"] == WHITE_LEVEL:
+        print(
+            f"warning: {folder}: no 16-bit picture exceeds 4095 of {WHITE_LEVEL}, so all are "
+            "nearly black; for a 12-bit camera train with --white-level 4095"
+        )
+
+
+# --------------------------------------------------------------------------------------- batches
 
 
 class Pictures:
-    """Rows of one or several `Decoded` folders, with labels.
+    """Rows of one or several `Decoded` folders behind one index, with labels.
 
     A picture's number here is the `index` of its views, so teachers and student must build it
     alike: the labelled training pictures, then the unlabelled ones.
@@ -45,11 +265,6 @@ class Pictures:
         labels = self.labels.numpy()[numbers]
         return Pictures(self.parts, self.part_of[numbers], self.row_of[numbers], labels)
 
-    @property
-    def side(self):
-        """Side of the decoded pictures in px."""
-        return self.parts[0].images.shape[1]
-
     def batch(self, indices, device="cpu"):
         """uint8 [B, S, S, 3] on the device."""
         rows = [self.parts[self.part_of[i]].images[self.row_of[i]] for i in indices]
@@ -58,15 +273,10 @@ class Pictures:
             batch = batch.pin_memory()
         return batch.to(device, non_blocking=True)
 
-    def ahead(self, plan, device):
-        """(indices, views, `batch` of the indices) of each step; the next one is read meanwhile.
-
-        plan: iterable of (indices, views).
-        """
-        with ThreadPoolExecutor(1) as reader:
-            steps = ((*step, reader.submit(self.batch, step[0], device)) for step in plan)
-            for (indices, views, batch), _ in pairwise(chain(steps, [None])):
-                yield indices, views, batch.result()
+    @property
+    def view_size(self):
+        """Side of the decoded pictures in px."""
+        return self.parts[0].images.shape[1]
 
     def path(self, i):
         """Where picture i lies, from its folder's name on: train/good/17.jpg."""
@@ -86,9 +296,9 @@ class Pictures:
         images = (self.parts[p].images[row] for p, row in zip(self.part_of, self.row_of))
         return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
 
-    def facts(self):
+    def sizes(self):
         """(width, height, bytes) of each picture's file."""
-        return [self.parts[p].facts[row] for p, row in zip(self.part_of, self.row_of)]
+        return [self.parts[p].sizes[row] for p, row in zip(self.part_of, self.row_of)]
 
     def fingerprint(self):
         """A hash of what the pictures are, in which order, and of their labels."""

@@ -1,11 +1,11 @@
-"""Training, validation and test pictures: labels from folder names, the split, exact leaks.
+"""Which pictures: folders, classes, what is held out, leaks, test sets, and the embedded set.
 
-A data record is a dict that every stage passes on, so that all see the same split:
+A dataset is a dict that every stage passes on, so that all see the same split:
 
-    dir, view_size, white_level              what is read, and how
-    val_fraction, group_regex                how a part of train/ is held out where there is no val/
-    dropped                                  training pictures that a test set holds, left out
-    classes, fingerprint                     what was found; compared when a later stage opens it
+    dir, view_size, white_level    where the pictures are, and how they are read
+    val_fraction, group_regex      how a part of train/ is held out where there is no val/
+    dropped                        training pictures that are left out, since a test set holds them
+    classes, fingerprint           what these are; compared when a later stage opens it
 """
 
 import re
@@ -13,12 +13,53 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, require_same
-from common.folders import data_folder
-from common.listing import holds_pictures, list_pictures, say_once
-from common.pictures import Pictures
+from common import fasteners
+from common.files import UserError, require_same
+from common.pictures import Pictures, is_picture, list_pictures, say_once
 
+EMBEDDED = "data/fasteners"
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
+
+
+# --------------------------------------------------------------------------------------- folders
+
+
+def data_folder(data_dir):
+    """The data folder as a Path; the embedded set is drawn first when asked for and missing.
+
+    Raises UserError where there is no such folder.
+    """
+    folder = Path(data_dir)
+    if is_embedded(folder):
+        try:
+            fasteners.make_dataset(folder)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder")
+    return folder
+
+
+def is_embedded(folder):
+    """Whether a data folder is the embedded set's."""
+    return Path(folder) == Path(EMBEDDED)
+
+
+def test_folders(data_dir):
+    """The test* folders of a data folder, sorted."""
+    return sorted(path for path in Path(data_dir).glob("test*") if path.is_dir())
+
+
+def pool_folder(data_dir, named=None):
+    """The folder of unlabelled pictures, or None where there is none.
+
+    named: the folder asked for, 'none' for none, or None for the data folder's unlabelled/.
+    """
+    folder = Path(named or Path(data_dir, "unlabelled"))
+    return folder if named != "none" and (named or folder.is_dir()) else None
+
+
+# ----------------------------------------------------------------------------------- labelled sets
 
 
 def class_folders(folder):
@@ -26,37 +67,33 @@ def class_folders(folder):
 
     Raises UserError for a missing folder, no or one class folder, or a class without a picture.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    filled = {path.split("/")[0] for path in list_pictures(folder)}
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise UserError(
             f"{folder}: {len(classes)} class folders found, at least two are needed: "
             f"{folder}/<class>/<picture>"
         )
-    filled = {path.split("/")[0] for path in list_pictures(folder)}
-    for name in classes:
-        if name not in filled:
-            raise UserError(
-                f"{folder / name}: this class has no pictures; add some or remove the folder"
-            )
+    empty = [name for name in classes if name not in filled]
+    if empty:
+        raise UserError(f"{folder / empty[0]}: this class has no pictures; add some or remove it")
     return classes
 
 
-def open_labelled(cache, folder, record):
+def open_labelled(cache, folder, dataset):
     """(classes, Pictures) of a folder with a folder per class.
 
-    record: with view_size and white_level. Raises UserError as `class_folders` does, and for
+    dataset: with view_size and white_level. Raises UserError as `class_folders` does, and for
     pictures or whole classes that cannot be read.
     """
     folder = Path(folder)
     classes = class_folders(folder)
-    decoded = cache.open(folder, record["view_size"], record["white_level"])
+    decoded = cache.open(folder, dataset["view_size"], dataset["white_level"])
     decoded.require_readable(cache.skip_bad)
 
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") and path.is_dir() and holds_pictures(path):
+        hidden = path.name.startswith(".") and path.is_dir()
+        if hidden and any(is_picture(each.name) for each in path.rglob("*")):
             say_once(f"{folder}: left out the folder {path.name}, whose name begins with a dot")
 
     number = {name: k for k, name in enumerate(classes)}
@@ -65,93 +102,133 @@ def open_labelled(cache, folder, record):
     labels = np.array([number[owners[row]] for row in rows], np.int64)
     if len(rows) < len(owners):
         print(f"{folder}: left out {len(owners) - len(rows)} pictures beside the class folders")
-    for k, name in enumerate(classes):
-        if not (labels == k).any():
-            raise UserError(
-                f"{folder / name}: no picture of this class can be read; "
-                "mend them or remove the folder"
-            )
+    unread = [name for k, name in enumerate(classes) if k not in labels]
+    if unread:
+        raise UserError(f"{folder / unread[0]}: no picture of it can be read; mend or remove it")
     return classes, Pictures.of(decoded, rows, labels)
 
 
-def open_unlabelled(cache, folder, record):
-    """Pictures without labels, from anywhere below a folder; errors as of `cache.open`."""
-    decoded = cache.open(folder, record["view_size"], record["white_level"])
-    decoded.require_readable(cache.skip_bad)
-    return Pictures.of(decoded)
+def open_training(cache, dataset, moved_to=None):
+    """(train, val, dataset); every stage calls this, hence sees the same split.
 
-
-def open_same_pool(cache, folder, record, pool):
-    """The unlabelled pictures of an ensemble, or None where it has none.
-
-    pool: {"dir", "fingerprint"} as ensemble.json has it, or None; folder: where they lie now, None
-    for where they lay or, where the data folder has moved, in that. Raises UserError where they are
-    not the same.
+    dataset: see above; what is returned adds classes and fingerprint. Where it has them already
+    they are compared with what is there, and a UserError names what differs. moved_to: where the
+    folder lies now, None for where it lay.
     """
-    if pool is None:
-        return None
-    beside = Path(record["dir"]) / "unlabelled"
-    if folder is None:
-        folder = pool["dir"] if Path(pool["dir"]).is_dir() or not beside.is_dir() else beside
-    pictures = open_unlabelled(cache, folder, record)
-    require_same(
-        {"unlabelled": pool["fingerprint"]},
-        {"unlabelled": pictures.fingerprint()},
-        f"{folder} against the ensemble",
-        "give the --unlabelled folder it was made from, or build it again",
-    )
-    return pictures
-
-
-def open_training(cache, record):
-    """(train, val, record) for a data record; every stage calls this, hence sees the same split.
-
-    The returned record adds classes and fingerprint. A record that has them already is compared
-    with what is found, and a UserError names what differs.
-    """
-    folder = data_folder(record["dir"])
-    classes, train = open_labelled(cache, folder / "train", record)
+    folder = data_folder(moved_to or dataset["dir"])
+    classes, train = open_labelled(cache, folder / "train", dataset)
     fingerprint = train.fingerprint()
     if (folder / "val").is_dir():
-        its_classes, val = open_labelled(cache, folder / "val", record)
-        require_same(
-            {"classes": classes},
-            {"classes": its_classes},
-            f"{folder / 'val'} against train",
-            "both need the same class folders",
-        )
+        its_classes, val = open_labelled(cache, folder / "val", dataset)
+        both = ({"classes": each} for each in (classes, its_classes))
+        require_same(*both, f"{folder / 'val'} against train", "both need the same class folders")
         fingerprint += f"+{val.fingerprint()}"
     else:
         below = [path.split("/", 1)[1] for path in train.paths()]
-        groups = groups_of(below, record["group_regex"])
-        kept, held = hold_out(train.labels.numpy(), groups, record["val_fraction"])
+        groups = groups_of(below, dataset["group_regex"])
+        kept, held = hold_out(train.labels.numpy(), groups, dataset["val_fraction"])
         train, val = train.take(kept), train.take(held)
 
-    found = {**record, "dir": folder.as_posix(), "classes": classes, "fingerprint": fingerprint}
-    if "fingerprint" in record:
+    opened = {**dataset, "dir": folder.as_posix(), "classes": classes, "fingerprint": fingerprint}
+    if "fingerprint" in dataset:
         require_same(
-            {**record, "dir": found["dir"]},
-            found,
+            {**dataset, "dir": opened["dir"]},
+            opened,
             f"the pictures in {folder}",
             "give the --data-dir that the earlier stage was made from, or make that stage again",
         )
-    dropped = set(record["dropped"])
-    return without(train, dropped, classes), without(val, dropped, classes), found
+    train, val = (without(each, dataset["dropped"], classes) for each in (train, val))
+    return train, val, opened
 
 
-def without(pictures, paths, classes):
+# ---------------------------------------------------------------------------------- unlabelled
+
+
+def open_pool(cache, folder, dataset):
+    """(Pictures without labels from anywhere below a folder, {"dir", "fingerprint", "dropped"}).
+
+    Errors as of `cache.open`.
+    """
+    decoded = cache.open(folder, dataset["view_size"], dataset["white_level"])
+    decoded.require_readable(cache.skip_bad)
+    pool = Pictures.of(decoded)
+    return pool, {"dir": str(folder), "fingerprint": pool.fingerprint(), "dropped": []}
+
+
+def open_same_pool(cache, folder, dataset, unlabelled):
+    """The unlabelled pictures of an ensemble, or None where it has none.
+
+    unlabelled: as ensemble.json has it, or None; folder: where they lie now, None for where they
+    lay or, where the data folder has moved, in that. Raises UserError where they are not the same.
+    """
+    if unlabelled is None:
+        return None
+    beside = Path(dataset["dir"]) / "unlabelled"
+    if folder is None:
+        stayed = Path(unlabelled["dir"]).is_dir() or not beside.is_dir()
+        folder = unlabelled["dir"] if stayed else beside
+    pool, actual = open_pool(cache, folder, dataset)
+    pools = ({"unlabelled": each["fingerprint"]} for each in (unlabelled, actual))
+    remedy = "give the --unlabelled folder it was made from, or build it again"
+    require_same(*pools, f"{folder} against the ensemble", remedy)
+    return without(pool, unlabelled["dropped"])
+
+
+# ------------------------------------------------------------------------------- leaks, hold-out
+
+
+def without(pictures, paths, classes=()):
     """The pictures but those at these paths. Raises UserError where that empties a class."""
     if not paths:
         return pictures
-    kept = [i for i, path in enumerate(pictures.paths()) if path not in paths]
+    left_out = set(paths)
+    kept = [i for i, path in enumerate(pictures.paths()) if path not in left_out]
     rest = pictures.take(np.array(kept, np.int64))
     lost = set(pictures.labels.tolist()) - set(rest.labels.tolist())
     if lost:
+        name = classes[min(lost)] if classes else "the folder of unlabelled pictures"
         raise UserError(
-            f"--drop-leaks: leaves {classes[min(lost)]} without a picture; "
+            f"--drop-leaks: leaves {name} without a picture; "
             "remove the copies from the test set instead"
         )
     return rest
+
+
+def open_to_compare(cache, dataset):
+    """Pictures of each test folder of a dataset, to look for leaks: labels and bad files ignored.
+
+    One that is flat, empty or lacks a class is for evaluate.py to refuse, and stops no training.
+    """
+    folders = [folder for folder in test_folders(dataset["dir"]) if list_pictures(folder)]
+    size, white_level = dataset["view_size"], dataset["white_level"]
+    return [Pictures.of(cache.open(folder, size, white_level)) for folder in folders]
+
+
+def leaked_paths(pictures, others, kind, drop, allow):
+    """The paths of pictures to leave out, since others have the same bytes or the same pixels.
+
+    others: list of `Pictures`; kind: "training" or "unlabelled". Where there are some, drop and
+    allow say what to do; with neither a UserError says so.
+    """
+    path_of = {}
+    for other in others:
+        for digests in (other.digests(), other.pixel_digests()):
+            path_of.update(zip(digests, other.paths()))
+    leaks = []
+    for i, digests in enumerate(zip(pictures.digests(), pictures.pixel_digests())):
+        copies = [path_of[digest] for digest in digests if digest in path_of]
+        if copies:
+            leaks.append((pictures.path(i), copies[0]))
+    if not leaks or allow:
+        return []
+    if not drop:
+        ours, theirs = leaks[0]
+        raise UserError(
+            f"{len(leaks)} {kind} pictures are test or validation pictures too "
+            f"({ours} = {theirs}); --drop-leaks leaves them out, --allow-leakage goes on"
+        )
+    print(f"{len(leaks)} {kind} pictures left out, since they are test or validation pictures too")
+    return [path for path, _ in leaks]
 
 
 def groups_of(paths, pattern):
@@ -200,50 +277,26 @@ def hold_out(labels, groups, share, seed=0):
     return np.setdiff1d(np.arange(len(labels)), val), val
 
 
-def open_tests(cache, folders, record):
+# ------------------------------------------------------------------------------------- test sets
+
+
+def open_tests(cache, folders, dataset):
     """{name: Pictures} of test folders, named as the folder, or by its path where names collide.
 
-    record: a data record with classes. Raises UserError as `open_labelled` does, for a folder with
-    other classes, and for pictures given twice, which would count twice in the mean.
+    dataset: with classes. Raises UserError as `open_labelled` does, for a folder with other
+    classes, and for pictures given twice, which would count twice in the mean.
     """
     names = [Path(folder).name for folder in folders]
     taken = {name for name in names if names.count(name) > 1} | set(TRAINING_SETS)
-    sets, known = {}, {}
+    sets, folder_of = {}, {}
     for folder, name in zip(folders, names):
-        classes, pictures = open_labelled(cache, folder, record)
-        other = known.setdefault(pictures.fingerprint(), folder)
+        classes, pictures = open_labelled(cache, folder, dataset)
+        other = folder_of.setdefault(pictures.fingerprint(), folder)
         if other is not folder:
             raise UserError(f"{folder}: the pictures of {other}; give each test set once")
-        require_same(
-            {"classes": record["classes"]},
-            {"classes": classes},
-            f"{folder} against the models",
-            "a test set needs one folder for each class the models know",
-        )
+        both = ({"classes": each} for each in (dataset["classes"], classes))
+        remedy = "a test set needs one folder for each class the models know"
+        require_same(*both, f"{folder} against the models", remedy)
         path = Path(folder).resolve() if str(folder) == name else Path(folder)
         sets[path.as_posix() if name in taken else name] = pictures
     return sets
-
-
-def find_leaks(cache, pictures, folders, record):
-    """Which pictures have the bytes or the pixels of one in a test folder: [(path, test path)].
-
-    Test folders are read as they are: one that is flat, empty or lacks a class is for evaluate.py
-    to refuse, and must not stop a training.
-    """
-    known = {}
-    for folder in folders:
-        try:
-            decoded = cache.open(folder, record["view_size"], record["white_level"])
-        except UserError:  # no pictures
-            continue
-        test = Pictures.of(decoded)
-        for digests in (test.digests(), test.pixel_digests()):
-            known.update(zip(digests, test.paths()))
-
-    found = []
-    for i, digests in enumerate(zip(pictures.digests(), pictures.pixel_digests())):
-        copies = [known[digest] for digest in digests if digest in known]
-        if copies:
-            found.append((pictures.path(i), copies[0]))
-    return found

@@ -1,95 +1,106 @@
-"""What both trainings share: optimiser, schedule, averaged weights, checkpoints, choice of epoch.
+"""What both trainings call: optimiser, schedule, EMA, the next batch, validation, resuming.
 
-The loop itself is in the scripts:
-
-    run = Run(model, groups, schedule, folder, record)
-    run.start(resume=False)
-    for _ in run.epochs():
-        plan = run.batches(len(pictures), batch_size)
-        for indices, passes, batch in pictures.ahead(plan, device):
-            loss = ...                  # of run.network(pixels)
-            run.step(loss)              # backward, clip, optimiser, schedule, averaged weights
-        run.finish_epoch(val)           # ten times a run: validate; best.pt, last.pt, log.csv
+The loop itself is in the scripts.
 """
 
 import csv
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import lru_cache
 
+import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from common import distributed
-from common.checkpoints import load, save, weights_sha256
-from common.errors import UserError, require_same
-from common.files import EXPORTED, atomic_path
-from common.metrics import balanced_number, good_enough, score
-from common.models import precision, predict
-from common.views import batch_plan
+from common.files import EXPORTED, UserError, atomic_path, require_same
+from common.metrics import score
+from common.models import load_checkpoint, precision, predict, save_checkpoint, weights_sha256
 
 WARMUP = 0.1  # share of all steps with rising learning rate
+EMA_DECAY = 0.998  # per step; below 11,180 steps timm's warm-up, 1 - step^(-2/3), stays under it
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
-WRITTEN = ("last.pt", "best.pt", "log.csv", *EXPORTED)
+ONLY_TO_RESUME = ("raw_state_dict", "optimizer", "scaler")
+WRITTEN = ("last.pt", "model.pt", "log.csv", *EXPORTED)
+# Flags that a resumed run may change: they do not decide what a training computes, or what they
+# decide is compared by itself.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "steps", "device", "workers", "skip_bad", "output", "data_dir",
+    "unlabelled", "model", "weights", "pretrained", "good_class", "max_miss_rate",
+    "max_false_alarm_rate", "max_int8_drop", "onnx",
+}
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast: AdamW, linear warm-up, then a cosine down to a thousandth.
 
-    lr: at the peak; ema_decay: per step, of the averaged weights, 0 is off; clip_grad: largest
-    gradient norm, 0 is off; seed: of the order, of dropout and the like.
+    lr: at the peak; clip_grad: largest gradient norm, 0 is off; seed: of the order of the pictures,
+    of dropout and the like.
     """
 
-    epochs: int
-    steps_per_epoch: int
+    steps: int
     lr: float
-    ema_decay: float
     clip_grad: float
     seed: int
 
-    @property
-    def steps(self):
-        """Steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
-
-
-def epochs_for(steps, steps_per_epoch):
-    """Passes that make at least so many steps: few pictures need more passes than many do."""
-    return -(-steps // steps_per_epoch)
-
 
 def has_run(folder):
-    """Whether a run has left files in a folder; one that died early has no last.pt yet."""
-    return any((Path(folder) / name).is_file() for name in WRITTEN)
+    """Whether a run has left files in a folder."""
+    return any((folder / name).is_file() for name in WRITTEN)
 
 
 def check_run_folder(folder, resume, overwrite):
     """Raise a UserError for a folder that holds a run already, or a --resume of none."""
-    written = has_run(folder)
-    if resume and not written:
+    if resume and not has_run(folder):
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start")
-    if written and not (resume or overwrite):
+    if has_run(folder) and not (resume or overwrite):
         raise UserError(
             f"{folder}: holds a run already; use --resume, --overwrite or another --output"
         )
 
 
+def refuse_epochs(epochs, pictures, batch_size):
+    """Raise a UserError where the --epochs of earlier versions is given: it says how many steps."""
+    if epochs:
+        steps = " ".join(str(n * -(-pictures // batch_size)) for n in epochs)
+        raise UserError(f"--epochs: the length of a run is counted in steps; use --steps {steps}")
+
+
+@lru_cache(maxsize=8)
+def order_of_pass(count, number, seed):
+    """In which order a pass goes over the pictures: a permutation of range(count)."""
+    return np.random.default_rng([seed, number]).permutation(count)
+
+
+def batch_of_step(step, count, batch_size, seed):
+    """Which pictures a step is trained on: (indices, passes), two int64 arrays [batch_size].
+
+    Step s takes places s * batch_size and following of an endless row of passes over `count`
+    pictures. So batches are always full, and a resumed run needs no stored state.
+    """
+    stream = np.arange(step * batch_size, (step + 1) * batch_size)
+    passes, places = np.divmod(stream, count)
+    indices = [order_of_pass(count, number, seed)[i] for number, i in zip(passes.tolist(), places)]
+    return np.array(indices), passes
+
+
 class Run:
     """One training run: everything that changes with a step, and the files it leaves.
 
-    best.pt holds the averaged weights of the validation that `good_enough` chooses, last.pt all
-    that resuming needs, log.csv the training curve. Every epoch seeds itself from seed and epoch
-    number, so a resumed run ends with the same weights on a CPU.
+    last.pt holds all that resuming needs, model.pt, written once at the end, the EMA weights, and
+    log.csv the training curve. A resumed run ends with the same weights on a CPU, since the random
+    numbers of every tenth of it begin anew from seed and step.
     """
 
-    def __init__(self, model, groups, schedule, folder, record):
-        """model: on its device; groups: AdamW parameter groups, timm's lr_scale allowed;
-        record: what the checkpoints say beside metrics and weights, with `args` and `data`."""
-        self.model, self.schedule, self.folder, self.record = model, schedule, Path(folder), record
+    def __init__(self, model, groups, schedule, folder, header):
+        """model: on its device; groups: AdamW's, timm's lr_scale allowed; header: what checkpoints
+        say beside metrics and weights, with `args` and `dataset`."""
+        self.model, self.schedule, self.folder, self.header = model, schedule, folder, header
         self.device = next(model.parameters()).device
         self.network = distributed.parallel(model)  # what the loop calls
         self.optimizer = torch.optim.AdamW(
@@ -106,81 +117,93 @@ class Run:
         )
         half = precision(self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.ema = ModelEmaV3(model, decay=schedule.ema_decay, use_warmup=True)
-        self.epoch, self.steps_done, self.best, self.history = 0, 0, None, []
+        self.ema = ModelEmaV3(model, decay=EMA_DECAY, use_warmup=True)
+        self.steps_done, self.history, self.losses = 0, [], []
 
     def __str__(self):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         dtype = str(precision(self.device) or torch.float32).removeprefix("torch.")
         s = self.schedule
         return (
-            f"{parameters:.1f} M parameters, {s.steps} steps in {s.epochs} epochs, "
-            f"learning rate {s.lr:g}, {self.device}, {dtype}, seed {s.seed}"
+            f"{parameters:.1f} M parameters, {s.steps} steps, learning rate {s.lr:g}, "
+            f"{self.device}, {dtype}, seed {s.seed}"
         )
 
-    def start(self, resume=False, may_differ=()):
-        """Remove an earlier run's files, or go on after the last epoch that was saved.
+    def start(self, resume=False):
+        """Remove an earlier run's files, or go on after the last validation.
 
-        may_differ: names of flags that a resumed run need not repeat. Raises UserError for last.pt
-        of another run.
+        A finished run needs no last.pt: nothing is left to train, and its model.pt can be exported.
+        Raises UserError for a run that is not this one, or that cannot go on.
         """
-        if not (resume and (self.folder / "last.pt").is_file()):
-            if distributed.rank() == 0:
-                for name in WRITTEN:
-                    (self.folder / name).unlink(missing_ok=True)
+        if not resume:
+            for name in WRITTEN if distributed.rank() == 0 else ():
+                (self.folder / name).unlink(missing_ok=True)
             return
-        state = load(self.folder / "last.pt")
-        remedy = "resume with the flags the run began with"
-        same = [key for key in {**state["args"], **self.record["args"]} if key not in may_differ]
+        finished = (self.folder / "model.pt").is_file()
+        path = self.folder / ("model.pt" if finished else "last.pt")
+        if not path.is_file():
+            raise UserError(
+                f"--resume: {self.folder} has neither last.pt to go on from nor model.pt; "
+                "begin anew with --overwrite"
+            )
+        state = load_checkpoint(path)
         require_same(
-            {key: state["args"].get(key) for key in same},
-            {key: self.record["args"].get(key) for key in same},
+            identity(state, state["schedule"]),
+            identity(self.header, asdict(self.schedule)),
             "--resume",
-            remedy,
+            "resume with the flags, pictures and ensemble that the run began with, "
+            "or begin anew with --overwrite",
         )
-        require_same(state["schedule"], asdict(self.schedule), "--resume", remedy)
-        require_same(made_from(state), made_from(self.record), "--resume",
-                     "the pictures changed or the ensemble was built anew; use --overwrite")
-        self.ema.module.load_state_dict(state["state_dict"])
+        self.steps_done, self.history = state["steps"], state["history"]
+        if finished:
+            return
         self.model.load_state_dict(state["raw_state_dict"])
+        self.ema.module.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where it was not in use
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        self.steps_done = self.epoch * self.schedule.steps_per_epoch
-        if distributed.rank() == 0:  # a kill may have come between last.pt and log.csv
-            write_log(self.folder / "log.csv", self.history)
-        print(f"resuming {self.folder} after epoch {self.epoch}")
+        print(f"resuming {self.folder} after step {self.steps_done}")
+        if distributed.rank() == 0:  # a kill may have come right after last.pt
+            self.write_rest(state)
 
-    def epochs(self):
-        """Yield the epochs that are left, the model in training mode, under a progress bar."""
-        s, first = self.schedule, self.epoch
-        self.began, self.first_epoch = time.perf_counter(), first
-        self.bar = tqdm(
-            total=s.steps, initial=self.steps_done, desc=str(self.folder), leave=False,
-            disable=distributed.rank() > 0 or None,
-        )
-        with self.bar:
-            for epoch in range(first + 1, s.epochs + 1):
-                self.epoch = epoch
-                self.losses = torch.zeros((), device=self.device)
-                self.bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-                torch.manual_seed(s.seed * 1_000_003 + epoch + (distributed.rank() << 40))
-                self.model.train()
-                yield epoch
+    def batches(self, pictures, batch_size, stored_views=None):
+        """Yield (indices, views, batch) of the steps that are left, the next batch read meanwhile.
 
-    def batches(self, count, batch_size):
-        """(indices, passes) of each step of this epoch, see `views.batch_plan`.
-
-        batch_size: of all processes together; each gets its share.
+        indices, views: int64 arrays [B], this process's share of batch_size; batch: uint8
+        [B, S, S, 3] on the device. stored_views: number of views to go through again and again,
+        None for a new one in every pass.
         """
-        s = self.schedule
-        plan = batch_plan(count, batch_size, s.seed, self.steps_done, s.steps_per_epoch)
-        for indices, passes in plan:
-            yield distributed.share(indices), distributed.share(passes)
+        s, first = self.schedule, self.steps_done
+
+        def read(step):
+            indices, passes = batch_of_step(step, len(pictures), batch_size, s.seed)
+            indices, passes = distributed.share(indices), distributed.share(passes)
+            views = 1 + (passes % stored_views if stored_views else passes)
+            return indices, views, pictures.batch(indices, self.device)
+
+        self.began, self.first_step = time.perf_counter(), first
+        self.begin_tenth()
+        hidden = distributed.rank() > 0 or None  # None: only where there is no terminal
+        self.bar = tqdm(
+            total=s.steps, initial=first, desc=str(self.folder), leave=False, disable=hidden
+        )
+        with self.bar, ThreadPoolExecutor(1) as reader:
+            upcoming = reader.submit(read, first) if first < s.steps else None
+            for step in range(first, s.steps):
+                current = upcoming.result()
+                if step + 1 < s.steps:
+                    upcoming = reader.submit(read, step + 1)
+                yield current
+
+    def begin_tenth(self):
+        """Seed what is random in the model, as after a resume."""
+        seed = self.schedule.seed * 1_000_003 + self.steps_done
+        torch.manual_seed(seed + (distributed.rank() << 53))
+        self.model.train()
+        self.losses = []
 
     def step(self, loss):
-        """Backward, gradient clipping, optimiser, and averaged weights. loss: a scalar tensor."""
+        """Backward, gradient clipping, optimiser, and EMA. loss: a scalar tensor."""
         self.scheduler.step_update(self.steps_done)
         self.scaler.scale(loss).backward()
         if self.schedule.clip_grad:
@@ -190,36 +213,36 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.model, step=self.steps_done)
-        self.losses += loss.detach()
-        self.bad_steps += ~self.losses.isfinite()  # once it is not, the sum never is again
+        self.losses.append(loss.detach())
         self.steps_done += 1
+        self.bar.update()
         if self.steps_done % CHECK == 0:
             self.require_finite()
-        if not self.bar.disable and self.steps_done % 10 == 0:  # looking at a loss waits for a GPU
-            self.bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-        self.bar.update()
 
     def require_finite(self):
-        """Raise a UserError that names the first step of this epoch whose loss is not finite."""
-        bad = int(self.bad_steps)
-        if bad:
-            step, lr = self.steps_done - bad + 1, self.optimizer.param_groups[-1]["lr"]
+        """Raise a UserError that names the first step whose loss is not finite."""
+        finite = torch.stack(self.losses).isfinite().tolist()
+        if not all(finite):
+            step = self.steps_done - len(finite) + finite.index(False) + 1
+            lr = self.optimizer.param_groups[-1]["lr"]
             raise UserError(
                 f"{self.folder}: the loss of step {step} is not finite (learning rate {lr:.1e}); "
                 "try a lower --lr, or --clip-grad 1"
             )
 
-    def finish_epoch(self, val):
-        """Ten times a run: score the averaged weights on val, log a line, write the checkpoints.
+    @property
+    def due(self):
+        """Whether another tenth of the steps is done."""
+        steps = self.schedule.steps
+        return (self.steps_done - 1) * SAVES // steps < self.steps_done * SAVES // steps
 
-        val: the `Pictures` that choose the epoch. Raises UserError when a loss of the epoch or what
-        the model says of val is not finite.
+    def validate(self, val):
+        """Ten times a run: score the EMA weights on val, log a line, write last.pt and model.pt.
+
+        val: `Pictures`. Raises UserError when a loss or what the model says of val is not finite.
         """
         self.require_finite()
-        loss = float(distributed.mean(self.losses)) / self.schedule.steps_per_epoch
-        epochs = self.schedule.epochs
-        if self.epoch * SAVES // epochs == (self.epoch - 1) * SAVES // epochs:
-            return
+        loss = float(distributed.mean(torch.stack(self.losses).mean()))
         if distributed.rank() == 0:
             logits = predict(self.ema.module, val, self.device)
             if not logits.isfinite().all():
@@ -229,14 +252,14 @@ class Run:
                 )
             metrics = score(torch.softmax(logits, dim=1), val.labels)
             self.log(loss, metrics)
-            self.write(metrics, balanced_number(val.labels))
+            self.write(metrics)
         distributed.barrier()
+        self.begin_tenth()
 
     def log(self, loss, metrics):
         """Add a row to the training curve and print it, with the time that is left."""
-        seconds = time.perf_counter() - self.began
+        seconds, steps = time.perf_counter() - self.began, self.schedule.steps
         row = {
-            "epoch": self.epoch,
             "steps": self.steps_done,
             "lr": self.optimizer.param_groups[-1]["lr"],
             "loss": loss,
@@ -246,53 +269,51 @@ class Run:
             "seconds": round(seconds, 1),
         }
         self.history.append(row)
-        per_epoch = seconds / (self.epoch - self.first_epoch)
-        left = per_epoch * (self.schedule.epochs - self.epoch)
+        left = seconds / (self.steps_done - self.first_step) * (steps - self.steps_done)
         tqdm.write(
-            f"{self.folder} epoch {self.epoch}/{self.schedule.epochs}: loss {loss:.3f}, "
+            f"{self.folder} step {self.steps_done}/{steps}: loss {loss:.3f}, "
             f"val accuracy {row['val_accuracy']:.3f}, balanced {row['val_balanced_accuracy']:.3f}, "
             f"NLL {row['val_nll']:.3f}, lr {row['lr']:.1e}, {left:.0f} s left"
         )
 
-    def write(self, metrics, n):
-        """Write best.pt where this validation is good enough, last.pt and log.csv in any case."""
-        averaged = {k: v.detach().cpu() for k, v in self.ema.module.state_dict().items()}
+    def write(self, metrics):
+        """Write last.pt, and what `write_rest` adds to it."""
+        ema = {name: tensor.detach().cpu() for name, tensor in self.ema.module.state_dict().items()}
         state = {
-            **self.record,
+            **self.header,
             "schedule": asdict(self.schedule),
-            "epoch": self.epoch,
+            "steps": self.steps_done,
             "metrics": metrics,
             "history": self.history,
-            "weights_sha256": weights_sha256(averaged),
-            "state_dict": averaged,
-        }
-        if good_enough([row["val_balanced_accuracy"] for row in self.history], n):
-            self.best = metrics
-            save(state, self.folder / "best.pt")
-        rest = {
-            "best": self.best,
+            "weights_sha256": weights_sha256(ema),
+            "state_dict": ema,
             "raw_state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        save({**state, **rest}, self.folder / "last.pt")
-        write_log(self.folder / "log.csv", self.history)
+        save_checkpoint(state, self.folder / "last.pt")
+        self.write_rest(state)
+
+    def write_rest(self, state):
+        """Write log.csv, and model.pt when all steps are done. state: of last.pt."""
+        with atomic_path(self.folder / "log.csv") as temporary:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.history[0])
+                writer.writeheader()
+                writer.writerows(self.history)
+        if state["steps"] == self.schedule.steps:
+            model = {key: state[key] for key in state if key not in ONLY_TO_RESUME}
+            save_checkpoint(model, self.folder / "model.pt")
 
 
-def made_from(record):
-    """What a resumed run must find as it was: pictures, soft targets, whether it starts warm."""
-    args = record["args"]
+def identity(header, schedule):
+    """What a resumed run must find as it was, as plain data."""
+    args = header["args"]
     return {
-        "data": record["data"]["fingerprint"],
-        "dropped": record["data"]["dropped"],
-        "ensemble": record.get("ensemble_sha256"),
+        **{flag: value for flag, value in args.items() if flag not in FREE_ON_RESUME},
+        **schedule,
+        "pictures": header["dataset"]["fingerprint"],
+        "dropped": header["dataset"]["dropped"],
+        "ensemble": header.get("ensemble_sha256"),
         "pretrained": bool(args.get("weights") or args.get("pretrained")),
     }
-
-
-def write_log(path, history):
-    """Write the training curve as CSV, a row per validation."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        writer.writerows(history)

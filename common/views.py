@@ -50,31 +50,31 @@ class ViewRecipe:
 
         Raises ValueError for a word that is no NAME=NUMBER, a wrong name or number.
         """
-        known = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self)]
         values = {}
         for word in settings:
             name, _, value = word.partition("=")
-            if name not in known:
-                raise ValueError(f"{word}: no such name; there are {', '.join(known)}")
+            if name not in names:
+                raise ValueError(f"{word}: no such name; there are {', '.join(names)}")
             try:
                 values[name] = float(value)
             except ValueError:
                 raise ValueError(f"{word}: not NAME=NUMBER") from None
         return replace(self, **values)
 
-    def record(self):
+    def as_dict(self):
         """As plain data for artefacts."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
-    def from_record(cls, record):
+    def from_dict(cls, stored):
         """The recipe of an artefact. Raises ValueError for one of another version of this file."""
-        if record["version"] != VERSION:
+        if stored["version"] != VERSION:
             raise ValueError(
                 f"view recipe version differs (this code has {VERSION}, the artefact "
-                f"{record['version']}); make the teachers and the ensemble again"
+                f"{stored['version']}); make the teachers and the ensemble again"
             )
-        return cls(**{name: value for name, value in record.items() if name != "version"})
+        return cls(**{name: value for name, value in stored.items() if name != "version"})
 
 
 def mix(h):
@@ -110,12 +110,12 @@ def render(pictures, indices, views, seed, recipe):
     views = np.asarray(views)
     if not views.any():
         return plain
-    device, side = pictures.device, pictures.shape[1]
+    device, size = pictures.device, pictures.shape[1]
     u = uniform(seed, views, indices, PARAMETERS)
 
     # Geometry. Written out, since the rounding of a matrix product may depend on the batch.
     m = on(device, torch.from_numpy(warp(u, recipe)))
-    axis = (torch.arange(side, device=device, dtype=torch.float32) * 2 + 1) / side - 1
+    axis = (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
     x, y = axis[None, None, :], axis[None, :, None]
     source_x = m[:, 0] * x + m[:, 1] * y + m[:, 2]
     source_y = m[:, 3] * x + m[:, 4] * y + m[:, 5]
@@ -127,7 +127,7 @@ def render(pictures, indices, views, seed, recipe):
     rows = plain.sum(dim=3)
     if device.type == "mps":  # has no float64
         rows = rows.cpu()
-    mean = rows.sum(dim=(1, 2), dtype=torch.float64) / (3.0 * side * side)
+    mean = rows.sum(dim=(1, 2), dtype=torch.float64) / (3.0 * size * size)
     u = torch.from_numpy(u).to(mean.device, non_blocking=True)
     gain, offset = colour(u, mean, recipe)
     result = (warped * on(device, gain) + on(device, offset)).clamp_(0.0, 255.0)
@@ -171,22 +171,3 @@ def colour(u, mean, recipe):
     shift = (1.0 - contrast) * mean + 255.0 * recipe.brightness * sign[:, 7]
     return gain, shift[:, None] * tint
 
-
-def batch_plan(count, batch_size, seed, first_step, steps):
-    """Which pictures are trained on when, as a pure function of the step number.
-
-    The training stream is an endless row of passes, each a fresh permutation of range(count); step
-    s takes places s * batch_size and following, so batches are always full and a resumed run needs
-    no stored state. Yields (indices, passes), two int64 arrays [batch_size] per step; a batch may
-    straddle two passes.
-    """
-    permutations = {}
-    for step in range(first_step, first_step + steps):
-        stream = np.arange(step * batch_size, (step + 1) * batch_size)
-        passes, places = np.divmod(stream, count)
-        for number in range(passes[0], passes[-1] + 1):
-            if number not in permutations:
-                rng = np.random.default_rng([seed, number])
-                permutations[number] = rng.permutation(count)
-        permutations = {n: order for n, order in permutations.items() if n >= passes[0]}
-        yield np.array([permutations[p][i] for p, i in zip(passes, places)]), passes

@@ -14,13 +14,13 @@ import distill
 import evaluate
 import train_teacher
 from common import cli
-from common.images import WHITE_LEVEL, DecodedCache
+from common.pictures import WHITE_LEVEL, DecodedCache
 
 ROOT = Path(__file__).parent.parent
 TEACHERS = ("test_vit", "test_resnet")  # timm's smallest
 SIDE = 32
 CPU = ("--device", "cpu")
-RECORD = {"view_size": SIDE, "white_level": WHITE_LEVEL}  # how splits.py is told to read pictures
+DATASET = {"view_size": SIDE, "white_level": WHITE_LEVEL}  # how splits.py is told to read pictures
 
 
 def draw(label, rng):
@@ -68,14 +68,14 @@ def tiny(tmp_path_factory):
     os.chdir(root)
     try:
         pictures = ("--data-dir", "parts", "--view-size", SIDE)
-        steps = ("--epochs", 40, "-b", 16)
+        steps = ("--steps", 160, "-b", 16)
         assert call(train_teacher.main, *pictures, "--model", *TEACHERS, *steps, *CPU) == 0
         assert call(build_ensemble.main, "--views", 3, *CPU) == 0
         student = ("-b", 16, "--good-class", "level", "--max-int8-drop", 20, *CPU)
-        assert call(distill.main, "--epochs", 15, *student) == 0
+        assert call(distill.main, "--steps", 105, *student) == 0
         alone = ("--alpha", 0, "--output", "runs/alone")
-        assert call(distill.main, "--epochs", 1, *alone, *student) == 0
-        assert call(evaluate.main, "--baseline", "runs/alone/best.pt", *CPU) == 0
+        assert call(distill.main, "--steps", 7, *alone, *student) == 0
+        assert call(evaluate.main, "--baseline", "runs/alone/model.pt", *CPU) == 0
     finally:
         os.chdir(before)
     return SimpleNamespace(root=root, data=root / "parts", runs=root / "runs")
@@ -91,7 +91,7 @@ def inside(tiny, monkeypatch):
 @pytest.fixture
 def no_export(monkeypatch):
     """distill.py ends with its training: to export takes 3 s, and has tests of its own."""
-    monkeypatch.setattr(distill, "export_best", lambda *_: None)
+    monkeypatch.setattr(distill, "export_student", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,25 +14,26 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, RECORD, ROOT, SIDE, TEACHERS, call, make_set
+from conftest import CPU, DATASET, ROOT, SIDE, TEACHERS, call, make_set
 
 import build_ensemble
 import distill
 import evaluate
 import train_teacher
 from common import models, splits, training
-from common.checkpoints import load
 from common.ensemble import CachedLogits, load_ensemble, view_file, write_view
-from common.files import save_json
-from common.images import DecodedCache
-from common.views import ViewRecipe, batch_plan, render
+from common.files import UserError
+from common.models import load_checkpoint
+from common.pictures import DecodedCache
+from common.training import batch_of_step
+from common.views import ViewRecipe, render
 
 TRAIN = ("--data-dir", "parts", "--view-size", SIDE)
 
 
 def same_weights(a, b):
-    pairs = zip(load(a)["state_dict"].values(), load(b)["state_dict"].values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
+    one, other = (load_checkpoint(path)["state_dict"] for path in (a, b))
+    return all(torch.equal(one[name], other[name]) for name in {**one, **other})
 
 
 def read_report(folder):
@@ -44,27 +45,29 @@ def read_report(folder):
 
 def test_the_students_learn_something(tiny):
     report = read_report(tiny.runs / "report")
-    assert report["models"]["runs/student/best.pt"]["mean_accuracy"] > 0.5  # chance is 1/3
+    assert report["models"]["runs/student/model.pt"]["mean_accuracy"] > 0.5  # chance is 1/3
 
 
 def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export, tmp_path):
     """One step on all pictures: what log.csv says against numpy, from the same start and views."""
-    words = ("--epochs", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
+    words = ("--steps", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
     assert call(distill.main, *words, "--output", tmp_path / "s", *CPU) == 0
     logged = float(next(csv.DictReader(open(tmp_path / "s" / "log.csv")))["loss"])
 
     ensemble = load_ensemble("runs/ensemble")
     cache = DecodedCache("runs/decoded")
-    train, _, data = splits.open_training(cache, ensemble["data"])
-    pictures = train + splits.open_unlabelled(cache, "parts/unlabelled", data)
+    train, _, dataset = splits.open_training(cache, ensemble["dataset"])
+    pool, _ = splits.open_pool(cache, "parts/unlabelled", dataset)
+    pictures = train + pool
     torch.manual_seed(5)
     student = models.create_student(3, SIDE).train()
     student.to(memory_format=torch.channels_last)
-    (indices, _), = batch_plan(len(pictures), 105, 5, 0, 1)
+    indices, _ = batch_of_step(0, len(pictures), 105, 5)
     views = np.ones(105, int)
-    recipe = ViewRecipe.from_record(ensemble["view_recipe"])
+    recipe = ViewRecipe.from_dict(ensemble["view_recipe"])
     with torch.no_grad(), models.autocast(torch.device("cpu")):
-        s = student(render(pictures.batch(indices), indices, views, 0, recipe)).double().numpy()
+        pixels = render(pictures.batch(indices), indices, views, ensemble["seed"], recipe)
+        s = student(pixels).double().numpy()
 
     def log_softmax(z):
         return z - np.log(np.exp(z).sum(1, keepdims=True))
@@ -85,7 +88,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export,
 def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(
     inside, no_export, tmp_path, monkeypatch
 ):
-    words = ("--epochs", 1, "-b", 16, "--alpha", 0)
+    words = ("--steps", 7, "-b", 16, "--alpha", 0)
     assert call(distill.main, *words, "--output", tmp_path / "ours", *CPU) == 0
 
     def plain(logits, labels, weights):
@@ -94,20 +97,20 @@ def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(
     monkeypatch.setattr(distill, "labelled_cross_entropy", plain)
     monkeypatch.setattr(distill, "CachedLogits", None)  # no teacher is asked
     assert call(distill.main, *words, "--output", tmp_path / "plain", *CPU) == 0
-    assert same_weights(tmp_path / "ours" / "best.pt", tmp_path / "plain" / "best.pt")
+    assert same_weights(tmp_path / "ours" / "model.pt", tmp_path / "plain" / "model.pt")
 
 
 @pytest.mark.parametrize("script", ["teacher", "student"])
 def test_an_interrupted_run_resumes_to_the_same_weights(
     inside, no_export, tmp_path, monkeypatch, script
 ):
-    main, runs, words = distill.main, ("",), ("--epochs", 3, "-b", 16)
+    main, runs, words = distill.main, ("",), ("--steps", 12, "-b", 16)
     if script == "teacher":  # the second one has not begun when the first is interrupted
         main, runs = train_teacher.main, ("test_vit", "test_resnet")
         words = (*TRAIN, "--model", *runs, *words)
     assert call(main, *words, *CPU, "--output", tmp_path / "whole") == 0
 
-    real, saved = training.save, []
+    real, saved = training.save_checkpoint, []
 
     def save_then_interrupt(state, path):
         real(state, path)
@@ -116,10 +119,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
 
     cut = (*words, *CPU, "--output", tmp_path / "cut")
-    monkeypatch.setattr(training, "save", save_then_interrupt)
+    monkeypatch.setattr(training, "save_checkpoint", save_then_interrupt)
     assert call(main, *cut) == 130
-    monkeypatch.setattr(training, "save", real)
-    assert load(tmp_path / "cut" / runs[0] / "last.pt")["epoch"] == 2
+    monkeypatch.setattr(training, "save_checkpoint", real)
+    assert load_checkpoint(tmp_path / "cut" / runs[0] / "last.pt")["steps"] == 3
     assert call(main, *cut) == 2  # neither --resume nor --overwrite
     assert call(main, *cut, "--resume", "--lr", 0.5) == 2  # another run
     assert call(main, *cut, "--resume") == 0
@@ -129,22 +132,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             rows = (tmp_path / half / run / "log.csv").read_text().splitlines()
             logs.append([row.rsplit(",", 1)[0] for row in rows])  # but for the seconds
         assert logs[0] == logs[1]
-        for name in ("best.pt", "last.pt"):
+        for name in ("model.pt", "last.pt"):
             assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)
     log = tmp_path / "cut" / runs[-1] / "log.csv"
     rows = log.read_text()
-    log.unlink()  # as after a kill between the last last.pt and it
+    log.unlink()  # as after a kill right after the last last.pt
+    log.with_name("model.pt").unlink()
     assert call(main, *cut, "--resume") == 0
-    assert log.read_text() == rows
+    assert log.read_text() == rows and log.with_name("model.pt").is_file()
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
-    words = (*TRAIN, "--model", "test_resnet", "--epochs", 2, "--lr", 1e30, "--clip-grad", 0, *CPU)
+    words = (*TRAIN, "--model", "test_resnet", "--steps", 20, "--lr", 1e30, "--clip-grad", 0, *CPU)
     assert call(train_teacher.main, *words, "--output", tmp_path) == 2
     error = capfd.readouterr().err
-    assert "the loss of step 2 is not finite (learning rate 7.5e+29)" in error
+    assert "the loss of step 2 is not finite (learning rate 5." in error
     assert "lower --lr" in error
-    assert not (tmp_path / "test_resnet" / "best.pt").exists()
+    assert not (tmp_path / "test_resnet" / "model.pt").exists()
 
 
 def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
@@ -178,14 +182,43 @@ def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move
     slowest = {}
     for name in TEACHERS:
         model = models.create_teacher(name, 3, SIDE)
-        backbone_lr, layer_decay = models.fine_tuning_rates(model.backbone)
-        groups = models.parameter_groups(model, 0.05, layer_decay, backbone_lr)
+        backbone_lr, layer_decay = train_teacher.fine_tuning_rates(model.backbone)
+        groups = train_teacher.parameter_groups(model, 0.05, layer_decay, backbone_lr)
         scales = sorted({group["lr_scale"] for group in groups})
         assert scales[-1] == 1.0  # the new head
         slowest[name] = scales[0]
         for a, b in zip(scales[:-2], scales[1:-1]):
             assert b / a == pytest.approx(1 / layer_decay)
     assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
+
+
+def test_what_attends_is_told_by_its_heads_and_not_by_its_name():
+    def is_transformer(name):
+        with torch.device("meta"):
+            return train_teacher.fine_tuning_rates(timm.create_model(name)) == (0.1, 0.75)
+
+    cnns = ("repvgg_a0", "mobileone_s0", "gernet_s", "ese_vovnet19b_dw", "nfnet_f0", "resnet18")
+    assert not any(map(is_transformer, cnns))
+    transformers = ("test_vit", "swin_tiny_patch4_window7_224", "coatnet_nano_rw_224",
+                    "hiera_tiny_224", "xcit_nano_12_p8_224")
+    assert all(map(is_transformer, transformers))
+
+
+def test_a_size_that_a_model_cannot_take_is_not_blamed_on_its_weights(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"junk")
+    with pytest.raises(UserError, match="--model maxvit.* at 50 px: .*; try another --img-size"):
+        models.create_teacher("maxvit_nano_rw_256", 3, 50, weights=tmp_path / "w.pth")
+    with pytest.raises(UserError, match="--weights .*w.pth does not load into test_resnet"):
+        models.create_teacher("test_resnet", 3, 50, weights=tmp_path / "w.pth")
+
+
+def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):
+    def rate(*words):
+        monkeypatch.setattr("sys.argv", ["train_teacher.py", *words])
+        dataset = {"dir": "data/fasteners"}
+        return train_teacher.plan(0, dataset, train_teacher.parse_arguments()).lr
+
+    assert rate() == 3e-3 and rate("--pretrained") == 1e-3 and rate("--lr", "0.1") == 0.1
 
 
 def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp_path):
@@ -204,14 +237,14 @@ def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp
 
 
 def test_soft_targets_are_the_product_of_experts_of_the_stored_logits(tiny):
-    record = load_ensemble(tiny.runs / "ensemble")
-    cached = CachedLogits(tiny.runs / "ensemble", record)
+    spec = load_ensemble(tiny.runs / "ensemble")
+    cached = CachedLogits(tiny.runs / "ensemble", spec)
     assert cached.views == 3 and cached.logits[0].shape == (2, 105, 3)
     q = cached.targets([2, 1], [7, 100], 3.0)
     for row, view, index in ((0, 2, 7), (1, 1, 100)):
         z = np.load(tiny.runs / "ensemble" / f"view_{view:03d}.npy")[:, index].astype(np.float64)
         together = 0
-        for logits, t, weight in zip(z, record["temperatures"], record["weights"]):
+        for logits, t, weight in zip(z, spec["temperatures"], spec["weights"]):
             together = together + weight * logits / t
         e = np.exp(together / 3)
         assert np.allclose(q[row], e / e.sum(), atol=1e-5)
@@ -243,11 +276,9 @@ def test_check_recomputes_stored_logits_and_refuses_wrong_ones(inside, tmp_path,
     words = ("--check", 60, "--output", tmp_path / "e", *CPU)
     assert call(build_ensemble.main, *words) == 0
     assert "60 stored picture-views recomputed" in capfd.readouterr().out
-    record = load_ensemble(tmp_path / "e")
     for view in range(4):
-        logits = np.load(view_file(tmp_path / "e", view)) + np.float32(0.1)
-        record["sha256"][view] = write_view(tmp_path / "e", view, logits)
-    save_json(record, tmp_path / "e" / "ensemble.json")
+        logits = np.load(view_file(tmp_path / "e", view)) + np.float32(1.0)
+        write_view(tmp_path / "e", view, logits)
     assert call(build_ensemble.main, *words) == 2
     assert "differ from the teachers'" in capfd.readouterr().err
 
@@ -263,6 +294,16 @@ def test_the_ensemble_can_be_asked_for_other_views_than_the_teachers_saw(inside,
     assert np.abs(view[0] - view[1]).max() > 0.1
 
 
+def test_a_teacher_that_was_trained_on_other_views_is_named(inside, tmp_path, capfd):
+    words = (*TRAIN, "--model", "test_resnet", "--steps", 2, "--view-recipe", "rotate=90", *CPU)
+    assert call(train_teacher.main, *words, "--output", tmp_path) == 0
+    teachers = ("runs/test_vit/model.pt", tmp_path / "test_resnet" / "model.pt")
+    words = ("--views", 1, "--unlabelled", "none", "--output", tmp_path / "e", *CPU)
+    assert call(build_ensemble.main, *teachers, *words) == 0
+    said = capfd.readouterr().out
+    assert f"views as {teachers[0]} saw them; {teachers[1]} was trained on others" in said
+
+
 def test_logits_in_float16_take_half_the_space_and_give_nearly_the_same_targets(
     inside, tmp_path, monkeypatch
 ):
@@ -273,29 +314,29 @@ def test_logits_in_float16_take_half_the_space_and_give_nearly_the_same_targets(
     assert call(build_ensemble.main, "--views", 3, "--dtype", "float16", *words) == 0
     assert call(build_ensemble.main, "--check", 60, *words) == 0
     assert call(build_ensemble.main, "--views", 3, *words) == 2  # an ensemble of another dtype
-    records = [load_ensemble(folder) for folder in (half, whole)]
-    assert [record["dtype"] for record in records] == ["float16", "float32"]
+    specs = [load_ensemble(folder) for folder in (half, whole)]
+    assert [spec["dtype"] for spec in specs] == ["float16", "float32"]
     assert np.load(half / "view_001.npy").dtype == np.float16
 
     everything = np.arange(105)
     views = 1 + everything % 3
-    cached = [CachedLogits(*pair) for pair in zip((half, whole), records)]
+    cached = [CachedLogits(*pair) for pair in zip((half, whole), specs)]
     for T in (1.0, 2.0):
         rounded, exact = (logits.targets(views, everything, T) for logits in cached)
         assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
         assert (rounded - exact).abs().max() < 1e-3
 
 
-def test_the_ensemble_lists_the_labels_it_doubts_by_path(tmp_path, monkeypatch, capfd):
+def test_the_ensemble_lists_label_errors_by_path(tmp_path, monkeypatch, capfd):
     parts = make_set(tmp_path / "parts", {"train": 24, "val": 8, "test": 2})
     (parts / "train" / "level" / "l003.png").rename(parts / "train" / "upright" / "wrong.png")
     monkeypatch.chdir(tmp_path)
-    words = (*TRAIN, "--model", "test_resnet", "--epochs", 25, "-b", 16)
+    words = (*TRAIN, "--model", "test_resnet", "--steps", 125, "-b", 16)
     assert call(train_teacher.main, *words, *CPU) == 0
     assert call(build_ensemble.main, "--views", 1, *CPU) == 0
-    doubtful = load_ensemble(tmp_path / "runs" / "ensemble")["doubtful"]
-    assert "train/upright/wrong.png" in [doubt["picture"] for doubt in doubtful["train"]]
-    assert "doubtful labels in train: " in capfd.readouterr().out
+    label_errors = load_ensemble(tmp_path / "runs" / "ensemble")["label_errors"]
+    assert "train/upright/wrong.png" in [each["picture"] for each in label_errors["train"]]
+    assert "in train: " in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- evaluate
@@ -303,8 +344,8 @@ def test_the_ensemble_lists_the_labels_it_doubts_by_path(tmp_path, monkeypatch, 
 
 def test_metrics_file_has_the_promised_keys_and_agrees_with_itself(tiny):
     report = read_report(tiny.runs / "report")
-    expected = [f"runs/{name}/best.pt" for name in sorted(TEACHERS)]
-    expected += ["runs/ensemble", "runs/alone/best.pt", "runs/student/best.pt"]
+    expected = [f"runs/{name}/model.pt" for name in sorted(TEACHERS)]
+    expected += ["runs/ensemble", "runs/alone/model.pt", "runs/student/model.pt"]
     expected += ["runs/student/student.int8.ts", "runs/student/student.ts"]  # not the baseline's
     assert list(report["models"]) == expected
     for model in report["models"].values():
@@ -362,7 +403,7 @@ def test_a_data_folder_may_move_with_its_pool(inside, tmp_path, capfd):
         ensemble, student = tmp_path / "ensemble", tmp_path / "student"
         assert call(build_ensemble.main, "--views", 3, "--output", ensemble, *words) == 0
         assert "0 of them to be computed" in capfd.readouterr().out
-        resume = ("--epochs", 15, "-b", 16, "--resume", "--output", student)
+        resume = ("--steps", 105, "-b", 16, "--resume", "--output", student)
         assert call(distill.main, ensemble, *resume, *words) == 2  # the ensemble was written anew
         assert call(evaluate.main, ensemble, "--output", tmp_path / "r", *words) == 0
     finally:
@@ -384,14 +425,14 @@ def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside
 
 def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_path):
     pictures = ("--data-dir", "parts", "--view-size", 48, "--img-size", 40)
-    words = (*pictures, "--model", "test_resnet", "--epochs", 1, "--output", tmp_path)
+    words = (*pictures, "--model", "test_resnet", "--steps", 2, "--output", tmp_path)
     assert call(train_teacher.main, *words, *CPU) == 0
-    checkpoint = tmp_path / "test_resnet" / "best.pt"
-    words = (checkpoint, "runs/student/best.pt", "--data-dir", "parts", "--output", tmp_path / "r")
+    checkpoint = tmp_path / "test_resnet" / "model.pt"
+    words = (checkpoint, "runs/student/model.pt", "--data-dir", "parts", "--output", tmp_path / "r")
     assert call(evaluate.main, *words, "--skip-audit", *CPU) == 0
-    assert load(checkpoint)["img_size"] == 40
-    alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"],
-                              {**RECORD, "view_size": 48, "classes": ["cross", "level", "upright"]})
+    assert load_checkpoint(checkpoint)["img_size"] == 40
+    dataset = {**DATASET, "view_size": 48, "classes": ["cross", "level", "upright"]}
+    alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"], dataset)
     model, _ = models.load_model(checkpoint, torch.device("cpu"))
     logits = models.predict(model, alone["test"], torch.device("cpu"))
     accuracy = float((logits.argmax(1) == alone["test"].labels).float().mean())

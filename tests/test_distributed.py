@@ -15,23 +15,23 @@ import build_ensemble
 import distill
 import train_teacher
 from common import distributed, models, training
-from common.checkpoints import load
+from common.models import load_checkpoint
 
 # What torchrun starts: scripts one after the other, in float32 and with a student without batch
 # norm, since the rounding of bfloat16 and the statistics of half a batch are not the same. With
-# `die` process 1 is killed after its third epoch.
+# `die` process 1 is killed after its tenth step.
 PROGRAM = """
 import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_distributed as test
 from common import cli
 test.in_float32_without_batch_norm(setattr)
-finish_epoch = test.training.Run.finish_epoch
-def finish_or_die(run, val):
-    if {die} and run.epoch == 3 and test.distributed.rank() == 1:
+validate = test.training.Run.validate
+def validate_or_die(run, val):
+    if {die} and run.steps_done == 10 and test.distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    finish_epoch(run, val)
-test.training.Run.finish_epoch = finish_or_die
+    validate(run, val)
+test.training.Run.validate = validate_or_die
 with test.distributed.processes():  # once: torch's store keeps the addresses of the first time
     for script, words in json.loads(sys.argv[1]):
         sys.argv = [script, *words]
@@ -44,11 +44,11 @@ def in_float32_without_batch_norm(setattr):
     for module in (models, training):
         setattr(module, "precision", lambda device: None)
 
-    def create_student(classes, img_size, pretrained, weights):
+    def create_student(classes, img_size, pretrained=False, weights=None):
         return models.create_teacher("test_vit", classes, img_size)
 
     setattr(models, "create_student", create_student)
-    setattr(distill, "export_best", lambda *_: None)
+    setattr(distill, "export_student", lambda *_: None)
 
 
 def torchrun(folder, calls, die=False):
@@ -63,7 +63,7 @@ def torchrun(folder, calls, die=False):
 
 
 def teacher(output, *more):
-    words = ("--data-dir", "parts", "--view-size", 32, "--model", "test_vit", "--epochs", 6)
+    words = ("--data-dir", "parts", "--view-size", 32, "--model", "test_vit", "--steps", 24)
     return train_teacher, (*words, "-b", 16, "--output", output, *CPU, *more)
 
 
@@ -85,20 +85,20 @@ def both(tiny, tmp_path_factory):
                 assert call(script.main, *words) == 0
             torch.set_num_threads(threads)
         killed = torchrun(home, [teacher(home / "resumed")], die=True)
-        epoch = load(home / "resumed" / "test_vit" / "last.pt")["epoch"]
+        steps = load_checkpoint(home / "resumed" / "test_vit" / "last.pt")["steps"]
         resumed = teacher(home / "resumed", "--resume")
         process = torchrun(home, [*stages(home / "two"), resumed])
     finally:
         os.chdir(before)
     assert process.returncode == 0, process.stderr
     folders = {name: home / name for name in ("one", "two", "resumed")}
-    return SimpleNamespace(**folders, printed=process.stdout, killed=killed, killed_after=epoch)
+    return SimpleNamespace(**folders, printed=process.stdout, killed=killed, killed_after=steps)
 
 
 def stages(home):
     """(script, words) of a teacher, the ensemble of the shared teachers, and a student of it."""
-    teachers = ("runs/test_resnet/best.pt", "runs/test_vit/best.pt")
-    student = ("runs/ensemble", "--epochs", 3, "-b", 30, "--alpha", 0.5, "--balance-classes")
+    teachers = ("runs/test_resnet/model.pt", "runs/test_vit/model.pt")
+    student = ("runs/ensemble", "--steps", 12, "-b", 30, "--alpha", 0.5, "--balance-classes")
     return [
         teacher(home),
         (build_ensemble, (*teachers, "--views", 3, "-b", 8, "--output", home / "ensemble", *CPU)),
@@ -121,32 +121,32 @@ def test_two_processes_write_the_very_files_of_an_ensemble_that_one_writes(both)
 
 def test_a_teacher_of_two_processes_has_the_loss_curve_of_one(both):
     one, two = (losses(folder / "test_vit") for folder in (both.one, both.two))
-    assert len(one) == 6
+    assert len(one) == 10
     assert one == pytest.approx(two, abs=1e-4)
 
 
 def test_a_student_of_two_processes_has_the_loss_curve_of_one_with_uneven_labels(both):
     """Batches of 30 hold about 16 labelled pictures, in two shares of rarely the same number."""
     one, two = (losses(folder / "student") for folder in (both.one, both.two))
-    assert len(one) == 3
+    assert len(one) == 10
     assert one == pytest.approx(two, abs=1e-4)
 
 
 def test_process_0_alone_prints(both):
-    assert both.printed.count("test_vit epoch 1/6") == 1
+    assert both.printed.count("test_vit step 3/24") == 1
     assert both.printed.count("2 processes") == 4
 
 
 def test_a_run_that_lost_a_process_resumes_to_the_same_weights(both):
-    assert both.killed.returncode != 0 and both.killed_after == 2
+    assert both.killed.returncode != 0 and both.killed_after == 8
     assert "(SIGKILL)" in both.killed.stderr  # torchrun says so
     assert "[rank0]" not in both.killed.stderr  # and not process 0, which only missed the other
-    whole, resumed = (load(f / "test_vit" / "last.pt") for f in (both.two, both.resumed))
+    whole, resumed = (load_checkpoint(f / "test_vit" / "last.pt") for f in (both.two, both.resumed))
     assert whole["weights_sha256"] == resumed["weights_sha256"]
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(inside, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     script, words = teacher(tmp_path)
     assert call(script.main, *words) == 2
     assert "multiple of 3; 15 is one" in capfd.readouterr().err

@@ -16,11 +16,11 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import cli, training
-from common.checkpoints import load, save
+from common import cli
 from common.files import exclusive, load_json, save_json
+from common.models import load_checkpoint, save_checkpoint
 
-TRAIN = ("--view-size", SIDE, "--model", "test_resnet", "--epochs", 1, *CPU)
+TRAIN = ("--view-size", SIDE, "--model", "test_resnet", "--steps", 2, *CPU)
 PARTS = ("--data-dir", "parts", *TRAIN)
 
 
@@ -94,7 +94,7 @@ def test_model_names_and_weights(refused, tmp_path):
     assert "no such file" in train("--weights", "none.pt")
     assert "does not load" in train("--weights", file)
     assert "one for each" in train(*two, "--weights", file)
-    assert "one for each" in train(*two, "--epochs", 1, 2, 3)
+    assert "one for each" in train(*two, "--steps", 1, 2, 3)
     assert "each name once" in train("--model", "test_vit", "test_vit")
 
     student = ("--weights", file, "--output", tmp_path / "out", *CPU)
@@ -108,8 +108,8 @@ def test_model_names_and_weights(refused, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ("--temperature", 0), ("--temperature", "nan"), ("--alpha", 1.5), ("--alpha", -0.1),
-    ("--epochs", 0), ("--lr", "fast"), ("-b", 0), ("--seed", -1), ("--device", "tpu9"),
-    ("--good-class", "lost"),
+    ("--steps", 0), ("--lr", "fast"), ("-b", 0), ("--seed", -1), ("--device", "tpu9"),
+    ("--good-class", "lost"), ("--seed", 20241231235959), ("--img-size", 7),
 ])
 def test_values_out_of_range(refused, tmp_path, words):
     assert str(words[1]) in refused(distill, *CPU, *words, "--output", tmp_path / "out")
@@ -133,26 +133,42 @@ def test_run_folders_in_use_and_resume_of_nothing(refused, tmp_path):
     assert "holds no run" in refused(train_teacher, *nothing, *PARTS)
 
 
-def test_a_finished_run_is_not_overwritten_unasked_where_only_best_pt_is_left(refused, tmp_path):
-    (tmp_path / "test_resnet").mkdir()
-    shutil.copy("runs/test_resnet/best.pt", tmp_path / "test_resnet")
-    assert "holds a run already" in refused(train_teacher, *PARTS, "--output", tmp_path)
-    assert (tmp_path / "test_resnet" / "best.pt").is_file()
-    # Killed between its first best.pt and last.pt a run is as this one, and --resume begins again.
-    training.check_run_folder(tmp_path / "test_resnet", resume=True, overwrite=False)
+def test_a_finished_run_that_lost_its_last_pt_is_never_begun_anew_by_resume(refused, tmp_path):
+    folder = tmp_path / "test_resnet"
+    folder.mkdir()
+    shutil.copy("runs/test_resnet/model.pt", folder)
+    before = (folder / "model.pt").read_bytes()
+    words = (*PARTS, "--steps", 160, "-b", 16, "--output", tmp_path)
+    assert "holds a run already" in refused(train_teacher, *words)
+    assert call(train_teacher.main, *words, "--resume") == 0  # nothing is left to do
+    assert (folder / "model.pt").read_bytes() == before
+    assert "steps differs" in refused(train_teacher, *words, "--resume", "--steps", 300)
+    (folder / "model.pt").rename(folder / "log.csv")  # neither of the two is left
+    assert "neither last.pt" in refused(train_teacher, *words, "--resume")
+    assert (folder / "log.csv").read_bytes() == before
 
 
 def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused, tmp_path):
     words, folder = (*PARTS, "--output", tmp_path), tmp_path / "test_resnet"
     assert call(train_teacher.main, *words) == 0
-    assert "epochs differs" in refused(train_teacher, *words, "--resume", "--epochs", 3)
-    state = load(folder / "last.pt")
-    state["data"]["dropped"] = ["train/level/l000.png"]
-    save(state, folder / "last.pt")
+    assert "steps differs" in refused(train_teacher, *words, "--resume", "--steps", 3)
+    assert "lr differs" in refused(train_teacher, *words, "--resume", "--lr", 0.1)
+    state = load_checkpoint(folder / "last.pt")
+    (folder / "model.pt").unlink()
+    state["dataset"]["dropped"] = ["train/level/l000.png"]
+    save_checkpoint(state, folder / "last.pt")
     assert "dropped differs" in refused(train_teacher, *words, "--resume")
-    state["data"]["dropped"], state["args"]["weights"] = [], ["somewhere.pt"]
-    save(state, folder / "last.pt")
+    state["dataset"]["dropped"], state["args"]["weights"] = [], ["somewhere.pt"]
+    save_checkpoint(state, folder / "last.pt")
     assert "pretrained differs" in refused(train_teacher, *words, "--resume")
+
+
+def test_epochs_are_refused_with_the_steps_that_they_would_have_been(refused, tmp_path):
+    out = ("--output", tmp_path / "out")
+    words = (*PARTS[:-4], "--epochs", 3, "-b", 16, *CPU, *out)  # 57 pictures
+    assert "use --steps 12" in refused(train_teacher, *words)
+    assert "use --steps 14" in refused(distill, "--epochs", 2, "-b", 16, *CPU, *out)  # 105
+    assert not (tmp_path / "out").exists()
 
 
 def test_teachers_that_do_not_belong_together(refused, tmp_path):
@@ -161,9 +177,9 @@ def test_teachers_that_do_not_belong_together(refused, tmp_path):
 
     other = make_set(tmp_path / "other", {"train": 10}, seed=1)
     assert call(train_teacher.main, "--data-dir", other, *TRAIN, "--output", tmp_path) == 0
-    stranger, out = tmp_path / "test_resnet" / "best.pt", ("--output", tmp_path / "e")
-    assert "fingerprint differs" in build("runs/test_vit/best.pt", stranger, *out)
-    assert "a student, not a teacher" in build("runs/student/best.pt", *out)
+    stranger, out = tmp_path / "test_resnet" / "model.pt", ("--output", tmp_path / "e")
+    assert "fingerprint differs" in build("runs/test_vit/model.pt", stranger, *out)
+    assert "a student, not a teacher" in build("runs/student/model.pt", *out)
     assert not (tmp_path / "e").exists()
     assert "not a readable checkpoint" in build("runs/ensemble/ensemble.json")
     assert "holds another ensemble: seed differs" in build("--seed", 5)
@@ -191,7 +207,7 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
 
     view = copied() / "view_001.npy"
     view.write_bytes(view.read_bytes()[:-8])
-    assert "missing or damaged" in distil(folder)
+    assert "computes it anew" in distil(folder)
     assert not (tmp_path / "out").exists()
 
 
@@ -200,12 +216,12 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
 ):
     folder = tmp_path / "e"
     shutil.copytree("runs/ensemble", folder)
-    words = (folder, "--epochs", 1, "--output", tmp_path / "s", *CPU)
+    words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0
     record = load_json(folder / "ensemble.json")
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
-    assert "the ensemble was built anew" in refused(distill, *words, "--resume")
+    assert "ensemble differs" in refused(distill, *words, "--resume")
 
 
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # averaged and raw weights, the optimizer's
@@ -216,22 +232,29 @@ def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path, place):
         path.write_bytes(content)
 
     shutil.copytree("runs/test_resnet", tmp_path / "test_resnet")
-    best, last = tmp_path / "test_resnet" / "best.pt", tmp_path / "test_resnet" / "last.pt"
-    words = (*PARTS, "--epochs", 40, "-b", 16, "--output", tmp_path)
+    model, last = tmp_path / "test_resnet" / "model.pt", tmp_path / "test_resnet" / "last.pt"
+    words = (*PARTS, "--steps", 160, "-b", 16, "--output", tmp_path)
+    before = load_checkpoint(model)
+    model.unlink()  # as after a kill between the two
     assert call(train_teacher.main, *words, "--resume") == 0
+    after = load_checkpoint(model)
+    assert after.keys() == before.keys()
+    assert after["weights_sha256"] == before["weights_sha256"]
+    flip(model)
+    error = refused(evaluate, model, "--output", tmp_path / "r", *CPU)
+    assert "model.pt: damaged" in refused(train_teacher, *words, "--resume")
+    model.unlink()
     flip(last)
     assert "last.pt: damaged" in refused(train_teacher, *words, "--resume")
-    flip(best)
-    error = refused(evaluate, best, "--output", tmp_path / "r", *CPU)
     assert "damaged" in error and not (tmp_path / "r").exists()
 
 
 def test_a_teacher_whose_logits_are_not_finite_is_refused(refused, tmp_path):
-    state = load("runs/test_resnet/best.pt")
+    state = load_checkpoint("runs/test_resnet/model.pt")
     state["state_dict"]["backbone.fc.bias"][1] = float("nan")
-    save(state, tmp_path / "best.pt")
-    words = ("runs/test_vit/best.pt", tmp_path / "best.pt", "--output", tmp_path / "e", *CPU)
-    assert f"{tmp_path / 'best.pt'}: some of its logits are not finite" in refused(
+    save_checkpoint(state, tmp_path / "model.pt")
+    words = ("runs/test_vit/model.pt", tmp_path / "model.pt", "--output", tmp_path / "e", *CPU)
+    assert f"{tmp_path / 'model.pt'}: some of its logits are not finite" in refused(
         build_ensemble, *words
     )
 
@@ -277,7 +300,7 @@ def test_models_and_test_sets_that_evaluate_cannot_use(refused, tmp_path):
     assert "cut off" in judge(tmp_path / "x.pt")
     fewer = make_set(tmp_path / "fewer", {"test": 3})
     shutil.rmtree(fewer / "test" / "cross")
-    student = "runs/student/best.pt"
+    student = "runs/student/model.pt"
     twice = judge(student, "--test-dirs", "parts/test", "parts/test_other/../test")
     assert "give each test set once" in twice
     assert "--data-dir" in judge("runs/student/student.ts")

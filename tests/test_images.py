@@ -7,15 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, RECORD, SIDE, call, make_set
+from conftest import CPU, DATASET, SIDE, call, make_set
 from PIL import Image
 
+import build_ensemble
+import distill
 import infer
 import train_teacher
-from common import folders, images, listing, splits
-from common.checkpoints import load
-from common.errors import UserError
-from common.images import DecodedCache
+from common import pictures, splits
+from common.ensemble import load_ensemble
+from common.files import UserError
+from common.models import load_checkpoint
+from common.pictures import DecodedCache
 
 RED, GREEN = (200, 30, 40), (20, 180, 60)
 
@@ -39,18 +42,18 @@ def saved(picture, kind, **options):
 ])
 def test_colour_pictures_of_every_mode_keep_their_colours(mode, kind):
     converted = two_halves().convert(mode, palette=Image.Palette.ADAPTIVE)
-    pixels = images.read_picture(saved(converted, kind)).astype(int)
+    pixels = infer.read_picture(saved(converted, kind)).astype(int)
     assert pixels.shape == (20, 40, 3)
     assert np.abs(pixels[5, 5] - RED).max() <= 30 and np.abs(pixels[5, 35] - GREEN).max() <= 30
 
 
 def test_grey_and_16_bit_pictures_keep_their_brightness_whatever_else_is_in_them():
     ramp = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(8, 0)
-    grey = images.read_picture(saved(Image.fromarray(ramp), "PNG"))
-    deep = images.read_picture(saved(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG"))
+    grey = infer.read_picture(saved(Image.fromarray(ramp), "PNG"))
+    deep = infer.read_picture(saved(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG"))
     assert (grey == ramp[..., None]).all() and (deep == grey).all()
     dark = saved(Image.fromarray(np.full((4, 4), 200, np.uint16)), "PNG")  # of 65535
-    assert images.read_picture(dark).max() == 0
+    assert infer.read_picture(dark).max() == 0
 
 
 def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, capsys):
@@ -69,31 +72,9 @@ def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, ca
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
-    pixels = images.read_picture(saved(two_halves(), "PNG", exif=exif))
+    pixels = infer.read_picture(saved(two_halves(), "PNG", exif=exif))
     assert pixels.shape == (40, 20, 3)
     assert pixels[5, 10, 0] > 150 and pixels[35, 10, 1] > 150  # red above, green below
-
-
-def test_infer_reads_pictures_exactly_as_training_does(monkeypatch):
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    deep = Image.fromarray((np.arange(800, dtype=np.uint16) * 80).reshape(20, 40))
-    files = [
-        saved(two_halves(), "JPEG", exif=exif),
-        saved(two_halves().convert("CMYK"), "JPEG"),
-        saved(two_halves().convert("RGBA"), "PNG"),
-        saved(two_halves().convert("L"), "PNG"),
-        saved(deep, "PNG"),
-    ]
-    for file in files:
-        for white_level in (65535, 4095):
-            ours = images.read_picture(file, white_level)
-            assert (infer.read_picture(file, white_level) == ours).all()
-    assert infer.EXTENSIONS == listing.EXTENSIONS
-    for module in (images, infer):
-        monkeypatch.setattr(module, "MAX_PIXELS", 100)
-        with pytest.raises(ValueError, match="over the limit"):
-            module.read_picture(files[0])
 
 
 def test_infer_resizes_to_the_very_bytes_that_training_sees():
@@ -104,7 +85,7 @@ def test_infer_resizes_to_the_very_bytes_that_training_sees():
     ):
         noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for picture in (noise, noise.max(0, keepdims=True).repeat(height, 0), noise | 255):
-            ours = images.resize(torch.from_numpy(picture), side).numpy()
+            ours = pictures.resize(torch.from_numpy(picture), side).numpy()
             assert (infer.resize(picture, side) == ours).all(), (height, width, side)
 
 
@@ -115,19 +96,19 @@ def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsy
     (root / "cross" / "c002.png").write_bytes(good[: len(good) // 2])
     (root / "upright" / "note.jpg").write_text("not a picture")
     Image.new("L", (200, 200)).save(root / "upright" / "big.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 30_000)
+    monkeypatch.setattr(infer, "MAX_PIXELS", 30_000)
     with pytest.raises(UserError) as error:
-        splits.open_labelled(DecodedCache(tmp_path / "decoded"), root, RECORD)
+        splits.open_labelled(DecodedCache(tmp_path / "decoded"), root, DATASET)
     for words in ("l001.png: the file is empty", "c002.png", "note.jpg", "big.png: ValueError"):
         assert words in str(error.value)
 
     lenient = DecodedCache(tmp_path / "decoded", skip_bad=True)
-    classes, pictures = splits.open_labelled(lenient, root, RECORD)
-    assert "left out 4 pictures" in capsys.readouterr().out
-    assert pictures.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-    last = root.parent / pictures.path(9)
-    expected = images.resize(torch.from_numpy(images.read_picture(last)), SIDE)
-    assert (pictures.batch([9])[0] == expected).all()
+    classes, readable = splits.open_labelled(lenient, root, DATASET)
+    assert "4 pictures cannot be read and are left out" in capsys.readouterr().out
+    assert readable.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    last = root.parent / readable.path(9)
+    expected = pictures.resize(torch.from_numpy(infer.read_picture(last)), SIDE)
+    assert (readable.batch([9])[0] == expected).all()
 
 
 def test_a_changed_byte_makes_the_cache_again_and_a_changed_time_does_not(tmp_path, cache, capsys):
@@ -165,17 +146,18 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
 def test_resize_never_crops():
     picture = torch.zeros(30, 90, 3, dtype=torch.uint8)
     picture[:, :3] = 255  # a bright left edge
-    small = images.resize(picture, 30)
+    small = pictures.resize(picture, 30)
     assert small.shape == (30, 30, 3) and small[:, 0].min() > 200 and small[:, 2:].max() == 0
 
 
 def test_view_size_follows_small_pictures_and_stops_at_128(tmp_path):
-    for name, side in (("small", 100), ("large", 500)):
+    for name, side in (("small", 100), ("tiny", 49), ("large", 500)):
         for c in "ab":
             (tmp_path / name / "train" / c).mkdir(parents=True)
             Image.new("L", (side, side // 2)).save(tmp_path / name / "train" / c / "x.png")
-    assert folders.default_view_size(tmp_path / "small") == 96
-    assert folders.default_view_size(tmp_path / "large") == 128
+    assert train_teacher.default_view_size(tmp_path / "small") == 96
+    assert train_teacher.default_view_size(tmp_path / "tiny") == 48
+    assert train_teacher.default_view_size(tmp_path / "large") == 128
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000])
@@ -195,7 +177,7 @@ def test_a_class_folder_whose_name_begins_with_a_dot_is_left_out_with_one_line(
     (root / ".git").mkdir()  # holds no picture
     shutil.copytree(root / "level", root / ".bent")
     for _ in range(2):
-        classes, _ = splits.open_labelled(cache, root, RECORD)
+        classes, _ = splits.open_labelled(cache, root, DATASET)
         assert classes == ["cross", "level", "upright"]
     said = capfd.readouterr().out
     assert said.count("left out the folder .bent") == 1 and ".git" not in said
@@ -234,21 +216,58 @@ def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, m
     with Image.open(original) as image:
         image.save(parts / "train" / "level" / "pixels.bmp")
     monkeypatch.chdir(tmp_path)
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 1)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 2
     error = capfd.readouterr().err
-    assert "2 training pictures are test pictures too" in error and "--drop-leaks" in error
+    assert "2 training pictures are test or validation pictures too" in error
+    assert "--drop-leaks" in error
     assert not (tmp_path / "runs" / "test_resnet").exists()
     assert call(train_teacher.main, *words, "--allow-leakage", *CPU) == 0
     assert call(train_teacher.main, *words, "--drop-leaks", "--overwrite", *CPU) == 0
 
-    record = load(tmp_path / "runs" / "test_resnet" / "best.pt")["data"]
-    assert record["dropped"] == ["train/level/bytes.png", "train/level/pixels.bmp"]
-    train, _, _ = splits.open_training(DecodedCache("runs/decoded"), record)
-    assert len(train) == 24 and not set(train.paths()) & set(record["dropped"])
+    dataset = load_checkpoint(tmp_path / "runs" / "test_resnet" / "model.pt")["dataset"]
+    assert dataset["dropped"] == ["train/level/bytes.png", "train/level/pixels.bmp"]
+    train, _, _ = splits.open_training(DecodedCache("runs/decoded"), dataset)
+    assert len(train) == 24 and not set(train.paths()) & set(dataset["dropped"])
     (parts / "train" / "level" / "bytes.png").unlink()  # a later stage finds other pictures
     with pytest.raises(UserError, match="fingerprint differs"):
-        splits.open_training(DecodedCache("runs/decoded"), record)
+        splits.open_training(DecodedCache("runs/decoded"), dataset)
+
+
+def test_unlabelled_copies_of_test_and_validation_pictures_stop_an_ensemble_or_are_dropped(
+    inside, tmp_path, capfd
+):
+    pool = tmp_path / "pool"
+    shutil.copytree("parts/unlabelled", pool)
+    shutil.copy("parts/test/level/l000.png", pool / "x.png")
+    with Image.open("parts/test_other/cross/c001.png") as image:
+        image.save(pool / "y.bmp")
+    words = ("--unlabelled", pool, "--views", 1, "--output", tmp_path / "e", *CPU)
+    assert call(build_ensemble.main, *words) == 2
+    error = capfd.readouterr().err
+    assert "2 unlabelled pictures are test or validation pictures too" in error
+    assert not (tmp_path / "e").exists()
+    assert call(build_ensemble.main, *words, "--allow-leakage") == 0
+    assert load_ensemble(tmp_path / "e")["pictures"] == 57 + 50
+    assert call(build_ensemble.main, *words, "--drop-leaks", "--overwrite") == 0
+    spec = load_ensemble(tmp_path / "e")
+    assert spec["pictures"] == 57 + 48
+    assert spec["unlabelled"]["dropped"] == ["pool/x.png", "pool/y.bmp"]
+    words = ("--steps", 2, "-b", 16, "--output", tmp_path / "s", *CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "export_student", lambda *_: None)
+        assert call(distill.main, tmp_path / "e", *words) == 0
+    assert "57 labelled and 48 unlabelled pictures" in capfd.readouterr().out
+
+
+def test_a_broken_link_does_not_switch_the_search_for_leaks_off(tmp_path, monkeypatch, capfd):
+    parts = make_set(tmp_path / "parts", {"train": 8, "val": 3, "test": 4})
+    (parts / "test" / "level" / "lost.png").symlink_to(tmp_path / "gone.png")
+    shutil.copy(parts / "test" / "level" / "l000.png", parts / "train" / "level" / "copy.png")
+    monkeypatch.chdir(tmp_path)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
+    assert call(train_teacher.main, *words, *CPU) == 2
+    assert "lost.png: a link to nothing" in capfd.readouterr().err
 
 
 def test_a_test_folder_that_evaluate_will_refuse_never_stops_training(tmp_path, monkeypatch):
@@ -260,5 +279,5 @@ def test_a_test_folder_that_evaluate_will_refuse_never_stops_training(tmp_path, 
     for file in (parts / "test_of_few" / "cross").iterdir():
         file.unlink()
     monkeypatch.chdir(tmp_path)
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--epochs", 1)
+    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 0

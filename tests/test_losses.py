@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.calibration import fit_temperature, fit_weights
 from common.losses import (
     class_weights,
+    fit_temperature,
+    fit_weights,
     labelled_cross_entropy,
     product_of_experts,
     soft_divergence,

@@ -8,18 +8,13 @@ import pytest
 from conftest import ROOT
 
 HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "tqdm", "jinja2"}
-FILES = {"errors", "files"}
 ALONE = {  # module: (the project's modules that come along, packages it needs)
-    "errors": (set(), set()),
-    "files": ({"errors"}, set()),
+    "files": (set(), set()),
     "losses": (set(), {"torch"}),
-    "calibration": (set(), {"torch"}),
     "views": (set(), {"torch", "numpy"}),
     "metrics": (set(), {"numpy"}),
-    "threshold": (set(), {"numpy"}),
-    "ensemble": (FILES | {"losses"}, {"torch", "numpy"}),
-    "checkpoints": (FILES, {"torch"}),
-    "export": (FILES | {"calibration", "metrics", "onnx_file", "threshold"}, {"torch", "numpy"}),
+    "ensemble": ({"files", "losses"}, {"torch", "numpy"}),
+    "export": ({"export_onnx", "files", "losses", "metrics"}, {"torch", "numpy"}),
 }
 # For each module a fork of a bare interpreter, or of one that has imported torch, which takes 2 s.
 PROBE = """
