@@ -16,13 +16,12 @@ per set and seed, with seeds from 100 on, which no other benchmark uses. A row t
 not made again.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import CROPS, TEACHERS, Task, epochs_for, lay_out, source_of, stages, values_of
+from accuracy import CROPS, TEACHERS, Task, lay_out, source_of, teach, values_of
 from bench import (
     append_rows,
     call,
@@ -35,11 +34,12 @@ from bench import (
     this_commit,
 )
 
+from build_ensemble import in_batches, teacher_logits
 from common import cli, models, splits
 from common.ensemble import load_ensemble, write_view
-from common.files import file_sha256, save_json
-from common.images import DecodedCache
-from common.threshold import wilson
+from common.files import load_json, save_json
+from common.metrics import wilson
+from common.pictures import DecodedCache
 from common.views import ViewRecipe, render
 
 TASKS = {
@@ -50,6 +50,7 @@ TASKS = {
 }
 STORED, SEEN = 160, 70  # px of the views and of what teachers see, in the group resolution
 FOLDS = 2
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ GROUPS = {
         "stand-alone, half the steps": Ablation(student=ALONE, steps=0.5),
         "stand-alone, twice the steps": Ablation(student=ALONE, steps=2),
         "stand-alone, a third of the learning rate": Ablation(student=(*ALONE, "--lr", 3e-4)),
-        "batch 48, half the steps": Ablation(student=("--batch-size", 48)),
-        "batch 96, a quarter of the steps": Ablation(student=("--batch-size", 96)),
+        "batch 48, half the steps": Ablation(student=("--batch-size", 48), steps=0.5),
+        "batch 96, a quarter of the steps": Ablation(student=("--batch-size", 96), steps=0.25),
         "crops down to 0.5 of the side": Ablation(crops(0.5)),
         "crops down to 0.85 of the side": Ablation(crops(0.85)),
         "16 views": Ablation(("--views", 16)),
@@ -149,16 +150,21 @@ def development_folder(task, args, home, seed):
     return folder
 
 
-def fold_folder(data, home, fold):
+def fold_folder(pictures, home, fold):
     """The development folder without a fold of its training pictures: every FOLDS-th."""
     folder = home / f"fold_{fold}"
     for name in ("val", "test"):
-        for file in (data / name).rglob("*.*"):
+        for file in (pictures / name).rglob("*.*"):
             link(file, folder / name / file.parent.name / file.name)
-    for number, file in enumerate(sorted((data / "train").rglob("*.*"))):
+    for number, file in enumerate(training_files(pictures)):
         if number % FOLDS != fold:
             link(file, folder / "train" / file.parent.name / file.name)
     return folder
+
+
+def training_files(pictures):
+    """The training pictures of a folder, in the order that folds count them by."""
+    return sorted((pictures / "train").rglob("*.*"))
 
 
 # ------------------------------------------------------------------------------------- running
@@ -167,13 +173,12 @@ def fold_folder(data, home, fold):
 def run(group, name, seed, args):
     """Run the ablations of one group, set and seed that the CSV lacks, and append their rows."""
     task = TASKS[name]
-    teach = []
+    img_size = []
     if group == "resolution":
-        task, teach = replace(task, side=STORED), ["--img-size", SEEN]
+        task, img_size = replace(task, side=STORED), ["--img-size", SEEN]
     home = Path(args.output) / name / f"seed_{seed}_{task.side}px"
-    data = development_folder(task, args, home, seed)
-    words = dict(stages(task, data, home, args.weights, seed))["teachers"] + teach
-    run_stages([("teachers", words)], home)
+    pictures = development_folder(task, args, home, seed)
+    run_stages([teach(task, pictures, home, args.weights, seed, *img_size)], home)
 
     start = "warm" if args.student_weights else "cold"
     key = [group, name, str(seed), start]
@@ -182,88 +187,87 @@ def run(group, name, seed, args):
         chosen = not args.ablations or ablation in args.ablations
         if chosen and not select(read_rows(args.csv), **wanted):
             print(f"== {' '.join(key)}: {ablation}", flush=True)
-            result = run_ablation(ablation, change, task, data, home, seed, args)
+            result = run_ablation(ablation, change, task, pictures, home, seed, args)
             append_rows(args.csv, FIELDS, [[*key, ablation, *result, this_commit()]])
 
 
-def run_ablation(ablation, change, task, data, home, seed, args):
+def run_ablation(ablation, change, task, pictures, home, seed, args):
     """Build, distil and evaluate one; returns its row from n to seconds."""
-    ensemble = build(change, task, data, home, seed, args)
+    ensemble = build(change, task, pictures, home, seed, args)
     student = home / file_name("student", *change.build, ablation)
-    pictures = json.loads((ensemble / "ensemble.json").read_text())["pictures"]
-    epochs = epochs_for(change.steps * task.steps, pictures)
-    rest = ["--epochs", epochs, "--output", student, "--seed", seed, "--overwrite"]
+    steps = round(change.steps * task.steps)
+    rest = ["--steps", steps, "--output", student, "--seed", seed, "--overwrite"]
     if args.student_weights:
         rest += ["--weights", args.student_weights]
     call("distill.py", ensemble, *change.student, *rest)
-    report = student / "report"
-    model = student / "best.pt"
-    call("evaluate.py", model, "--data-dir", data, "--skip-audit", "--output", report)
+    model, report = student / "model.pt", student / "report"
+    call("evaluate.py", model, "--data-dir", pictures, "--skip-audit", "--output", report)
 
-    metrics = json.loads((report / "metrics.json").read_text())
-    scores = metrics["models"][str(model)]["sets"]["test"]
+    (result,) = load_json(report / "metrics.json")["models"].values()
+    scores = result["sets"]["test"]
     rounded = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
     last = read_rows(student / "log.csv")[-1]
     return [scores["n"], *rounded, last["steps"], last["seconds"]]
 
 
-def build(change, task, data, home, seed, args):
+def build(change, task, pictures, home, seed, args):
     """The folder of the ablation's ensemble, built where it is missing."""
-    teachers = [home / teacher / "best.pt" for teacher in change.teachers]
-    words = [*map(str, change.build), "cross_fitted" if change.cross_fitted else ""]
+    teachers = [home / teacher / "model.pt" for teacher in change.teachers]
+    words = [*change.build, "cross_fitted" if change.cross_fitted else ""]
     ensemble = home / file_name("ensemble", len(teachers), change.teachers[0], *words)
     if not (ensemble / "ensemble.json").is_file():
         call("build_ensemble.py", *teachers, *change.build, "--output", ensemble, "--seed", seed)
         if change.cross_fitted:
-            cross_fit(ensemble, task, data, home, seed, args)
+            cross_fit(ensemble, task, pictures, home, seed, args)
     return ensemble
 
 
-def cross_fit(ensemble, task, data, home, seed, args):
+def cross_fit(ensemble, task, pictures, home, seed, args):
     """Replace an ensemble's answers: of each picture, those of teachers that never saw it.
 
     Each fold's teachers are trained on the other folds; their logits are divided by the
     temperatures that their own validation gives, and weighted as the fold's own were (Dao et al.
     2021, "Knowledge distillation as semiparametric inference").
     """
-    record = load_ensemble(ensemble)
-    cache = DecodedCache(cli.CACHE)
-    pictures, _, _ = splits.open_training(cache, record["data"])
-    recipe = ViewRecipe.from_record(record["view_recipe"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    order = sorted((data / "train").rglob("*.*"))
-    fold_of = {f"{file.parent.name}/{file.name}": n % FOLDS for n, file in enumerate(order)}
-    folds = np.array([fold_of["/".join(Path(p).parts[-2:])] for p in pictures.paths()])
+    spec = load_ensemble(ensemble)
+    train, _, dataset = splits.open_training(DecodedCache(cli.CACHE), spec["dataset"])
+    fold_of = {f"train/{file.parent.name}/{file.name}": number % FOLDS
+               for number, file in enumerate(training_files(pictures))}
+    folds = np.array([fold_of[path] for path in train.paths()])
 
-    views = len(record["sha256"])
-    shape = (len(TEACHERS), len(pictures), len(record["data"]["classes"]))
-    answers = np.zeros((views, *shape), np.float32)
-    weights = []
+    shape = (1 + spec["views"], len(TEACHERS), len(train), len(dataset["classes"]))
+    answers, weights = np.zeros(shape, np.float32), []
     for fold in range(FOLDS):
-        place = fold_folder(data, home, fold)
-        teach = dict(stages(task, place, place / "runs", args.weights, seed))["teachers"]
-        run_stages([("teachers", teach)], place)
-        checkpoints = [place / "runs" / name / "best.pt" for name in TEACHERS]
-        call("build_ensemble.py", *checkpoints, "--unlabelled", "none", "--views", 1,
-             "--output", place / "ensemble", "--seed", seed, "--overwrite")
-        own = load_ensemble(place / "ensemble")
-        weights.append(own["weights"])
-        networks = [models.load_model(path, device)[0] for path in checkpoints]
-        rows = np.flatnonzero(folds == fold)
-        for view in range(views):
-            for part in np.array_split(rows, -(-len(rows) // 64)):
-                batch = pictures.batch(part, device)
-                pixels = render(batch, part, np.full(len(part), view), record["seed"], recipe)
-                with torch.inference_mode(), models.autocast(device):
-                    logits = [network(pixels).float().cpu() for network in networks]
-                for t, z in enumerate(logits):
-                    answers[view, t, part] = z / own["temperatures"][t]
-    for view in range(views):
-        write_view(ensemble, view, answers[view])
-    digests = [file_sha256(ensemble / f"view_{view:03d}.npy") for view in range(views)]
-    changed = {"temperatures": [1.0] * len(TEACHERS), "sha256": digests}
-    changed["weights"] = np.mean(weights, axis=0).tolist()
-    save_json({**record, **changed}, ensemble / "ensemble.json")
+        folder = fold_folder(pictures, home, fold)
+        networks, mixture = fold_teachers(folder, task, seed, args)
+        temperatures = np.array(mixture["temperatures"], np.float32)[:, None, None]
+        for rows in in_batches(np.flatnonzero(folds == fold), 64):
+            for view, logits in enumerate(answers):
+                pixels = view_of(train, rows, view, spec)
+                logits[:, rows] = teacher_logits(networks, pixels) / temperatures
+        weights.append(mixture["weights"])
+    for view, logits in enumerate(answers):
+        write_view(ensemble, view, logits)
+    changed = {"temperatures": [1.0] * len(TEACHERS), "weights": np.mean(weights, axis=0).tolist()}
+    save_json({**spec, **changed}, ensemble / "ensemble.json")
+
+
+def fold_teachers(folder, task, seed, args):
+    """(networks, the spec of their ensemble) of the teachers trained on one `fold_folder`."""
+    runs = folder / "runs"
+    checkpoints = [runs / name / "model.pt" for name in TEACHERS]
+    build = ["build_ensemble.py", *checkpoints, "--unlabelled", "none", "--views", 1]
+    build += ["--output", runs / "ensemble", "--seed", seed, "--overwrite"]
+    run_stages([teach(task, folder, runs, args.weights, seed), ("ensemble", build)], folder)
+    networks = [models.load_model(path, DEVICE)[0] for path in checkpoints]
+    return networks, load_ensemble(runs / "ensemble")
+
+
+def view_of(pictures, rows, view, spec):
+    """Pixels of one view of some pictures, as an ensemble's teachers see it."""
+    recipe = ViewRecipe.from_dict(spec["view_recipe"])
+    batch = pictures.batch(rows, DEVICE)
+    return render(batch, rows, np.full(len(rows), view), spec["seed"], recipe)
 
 
 def file_name(*words):
@@ -334,7 +338,7 @@ def main():
                    choices=list(TASKS), help="sets, as in accuracy.py but at 70 px")
     p.add_argument("--ablations", nargs="+", default=[], metavar="NAME",
                    help="which rows (default: all)")
-    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[100, 101], metavar="N")
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")
     p.add_argument("--output", default="runs/ablations", help="folder for the runs")
     p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")),
                    help="results are appended here")

@@ -15,14 +15,11 @@ their labels.
     weights/<timm name>.safetensors        of the two pretrained teachers
 
 Students, stand-alone and distilled alike, start from --student-weights (warm) or from scratch
-(cold). They and EfficientNet-Lite0 have the same steps, picture size, augmentation and rule of
-selection.
+(cold). They and EfficientNet-Lite0 have the same steps, picture size and augmentation.
 """
 
-import json
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +27,6 @@ import numpy as np
 from bench import (
     append_rows,
     combined_interval,
-    count_files,
     link,
     mean_of_independent,
     print_table,
@@ -39,16 +35,15 @@ from bench import (
     select,
     this_commit,
     with_interval,
-    with_sd,
+    with_std,
 )
 from PIL import Image
 
 from common import cli
-from common.errors import UserError
-from common.folders import EMBEDDED, data_folder
+from common.files import UserError, load_json
+from common.splits import EMBEDDED, data_folder
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
-BATCH = 24
 FIELDS = (
     "set", "side", "classes", "seed", "start", "model", "test_set", "n", "accuracy",
     "balanced_accuracy", "nll", "ece",
@@ -57,7 +52,6 @@ FIELDS = (
 )
 
 STUDENTS = ("alone", "distilled", "distilled_pool")
-STAND_ALONE_CNNS = ("alone", "tf_efficientnet_lite0")
 PERFECT = 99.5  # balanced accuracy in %: a set where every model has it tells nothing
 NEAR_GUESSING = 5  # points: nor does one where no model is so far above guessing
 
@@ -144,10 +138,10 @@ def lay_out(task, source, home, seed):
     return folder
 
 
-def source_of(task, data, home):
-    """The set's own ImageFolder: a folder of `data`, or the solar cells written out below home."""
+def source_of(task, sets, home):
+    """The set's own ImageFolder: a folder of `sets`, or the solar cells written out below home."""
     if task.folder != "elpv":
-        return data / task.folder
+        return sets / task.folder
     folder = home / "source"
     if not (folder / "done").is_file():
         write_solar_cells(folder)
@@ -185,79 +179,70 @@ def group_of(task, file):
 # ------------------------------------------------------------------------------------- running
 
 
-def epochs_for(steps, pictures):
-    """As many passes as come nearest to the steps."""
-    return max(1, round(steps / -(-pictures // BATCH)))
+def teach(task, pictures, home, weights, seed, *more):
+    """The stage that trains both teachers: (name, command words)."""
+    files = [weights / f"{name}.safetensors" for name in TEACHERS]
+    words = ["train_teacher.py", "--data-dir", pictures, "--view-size", task.side]
+    words += ["--model", *TEACHERS, "--weights", *files, "--output", home]
+    words += ["--steps", task.transformer_steps, task.steps, *task.flags, *more]
+    if task.views:
+        words += ["--view-recipe", *task.views]
+    return "teachers", [*words, "--seed", seed, "--overwrite"]
 
 
-def stages(task, data, home, weights, seed, start="cold", student_weights=None):
+def stages(task, pictures, home, weights, seed, start, student_weights):
     """(name, command words) of one set, seed and start, in order; the starts share teachers."""
-    labelled = count_files(data / "train")
-    pooled = labelled + count_files(data / "unlabelled")
-    passes = epochs_for(task.steps, labelled)
-    transformer_passes = epochs_for(task.transformer_steps, labelled)
-    teachers = [home / name / "best.pt" for name in TEACHERS]
+    yield teach(task, pictures, home, weights, seed)
+    teachers, folder = [home / name / "model.pt" for name in TEACHERS], home / start
+    warm = ["--weights", student_weights] if start == "warm" else []
     rest = ["--seed", seed, "--overwrite"]
 
-    pictures = ["--data-dir", data, "--view-size", task.side]
-    if task.views:
-        pictures += ["--view-recipe", *task.views]
-    teach = ["train_teacher.py", *pictures, "--output", home, *task.flags, *rest]
-    files = [weights / f"{name}.safetensors" for name in TEACHERS]
-    pretrained = ["--model", *TEACHERS, "--weights", *files]
-    yield "teachers", [*teach, *pretrained, "--epochs", transformer_passes, passes]
+    def build(ensemble, *more):
+        words = ["build_ensemble.py", *teachers, "--output", home / ensemble]
+        return ensemble, [*words, *more, *rest]
 
-    # Students, and what they learn from.
-    def build(folder, *more):
-        return ["build_ensemble.py", *teachers, *more, "--output", home / folder, *rest]
+    def distil(student, ensemble, *more):
+        words = ["distill.py", home / ensemble, "--steps", task.steps, "--output", folder / student]
+        return f"{start} {student}", [*words, *more, *warm, *task.flags, *rest]
 
-    def distil(ensemble, student, epochs, *more):
-        words = ["distill.py", home / ensemble, "--epochs", epochs, "--output", folder / student]
-        warm = ["--weights", student_weights] if start == "warm" else []
-        return [*words, *more, *warm, *task.flags, *rest]
-
-    folder = home / start
-    yield "ensemble", build("ensemble", "--unlabelled", "none")
-    yield f"{start} alone", distil("ensemble", "alone", passes, "--alpha", 0)
-    yield f"{start} distilled", distil("ensemble", "distilled", passes)
-    students = ["alone", "distilled"]
+    yield build("ensemble", "--unlabelled", "none")
+    yield distil("alone", "ensemble", "--alpha", 0)
+    yield distil("distilled", "ensemble")
     if task.pool:
-        yield "ensemble_pool", build("ensemble_pool")
-        passes_of_pool = epochs_for(task.steps, pooled)
-        yield f"{start} distilled_pool", distil("ensemble_pool", "distilled_pool", passes_of_pool)
-        students.append("distilled_pool")
+        yield build("ensemble_pool")
+        yield distil("distilled_pool", "ensemble_pool")
 
-    models = [*teachers, home / "ensemble", *[folder / name / "best.pt" for name in students]]
-    int8 = folder / students[-1] / "student.int8.ts"
+    students = [folder / name for name in (STUDENTS if task.pool else STUDENTS[:2])]
+    models = [*teachers, home / "ensemble", *(student / "model.pt" for student in students)]
+    int8 = students[-1] / "student.int8.ts"
     if int8.is_file():  # it may have lost too much to be written
         models.append(int8)
-    compare = ["--baseline", folder / "alone" / "best.pt", "--output", folder / "report"]
-    yield f"{start} evaluate", ["evaluate.py", *models, "--data-dir", data, *compare]
+    compare = ["--baseline", students[0] / "model.pt", "--output", folder / "report"]
+    yield f"{start} evaluate", ["evaluate.py", *models, "--data-dir", pictures, *compare]
 
 
 def run(name, seed, start, args):
     """Run what is missing of one set and seed, then append its rows to the CSV."""
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
     if task.folder == "embedded":
-        data = data_folder(EMBEDDED)
+        pictures = data_folder(EMBEDDED)
     else:
-        data = lay_out(task, source_of(task, args.data, home), home, seed)
-    todo = stages(task, data, home, args.weights, seed, start, args.student_weights)
+        pictures = lay_out(task, source_of(task, args.data, home), home, seed)
+    todo = stages(task, pictures, home, args.weights, seed, start, args.student_weights)
     seconds = run_stages(todo, home)
-    classes = sum(1 for path in (data / "train").iterdir() if path.is_dir())
+    classes = sum(1 for path in (pictures / "train").iterdir() if path.is_dir())
     key = (name, task.side, classes, seed, start)
     append_rows(args.csv, FIELDS, results(key, home / start, seconds))
 
 
 def results(key, folder, seconds):
     """One row per model and test set from the report. key: the columns from set to start."""
-    report = json.loads((folder / "report" / "metrics.json").read_text())
     code = this_commit()
-    for model, result in report["models"].items():
+    for model, result in load_json(folder / "report" / "metrics.json")["models"].items():
         path = Path(model)
         part = "int8" if path.suffix == ".ts" else path.name
         steps, taken = "", seconds.get(part, "")
-        if path.name == "best.pt":
+        if path.name == "model.pt":
             part = path.parent.name
             last = read_rows(path.parent / "log.csv")[-1]
             steps, taken = last["steps"], last["seconds"]
@@ -319,9 +304,9 @@ def print_set(rows, name):
             if alone < 100:
                 removed = f"{100 * (np.mean(accuracies) - alone) / (100 - alone):.0f}"
         seconds = f"{np.mean(taken):.0f}" if taken else ""
-        lines.append([model, with_sd(accuracies), difference, removed, seconds])
+        lines.append([model, with_std(accuracies), difference, removed, seconds])
     print_table([
-        "model", "balanced accuracy, % (sd)", "accuracy minus alone, points",
+        "model", "balanced accuracy, % (std)", "accuracy minus alone, points",
         "alone's errors removed, %", "seconds",
     ], lines)
 
@@ -359,51 +344,37 @@ def telling_sets(rows):
 
 def print_models(rows):
     """Balanced accuracy of each model on each set."""
-    sets, models = values_of(rows, "set"), values_of(rows, "model")
+    sets = values_of(rows, "set")
     lines = []
-    for model in models:
-        found = [balanced_accuracies(select(rows, set=name, model=model)) for name in sets]
-        lines.append([model, *[with_sd(scores) if scores else "" for scores in found]])
-    print("\nbalanced accuracy in %, over seeds: mean (sd)\n")
+    for model in values_of(rows, "model"):
+        scores = [balanced_accuracies(select(rows, set=name, model=model)) for name in sets]
+        lines.append([model, *[with_std(of_set) if of_set else "" for of_set in scores]])
+    print("\nbalanced accuracy in %, over seeds: mean (std)\n")
     print_table(["model", *sets], lines)
 
 
-def minus(model, other):
-    """For FIGURES: points between two models."""
-    return lambda m: (m[model] - m[other], 100)
+def figures(m):
+    """{title: (a difference in points, the whole that it is a share of)} of one set and seed.
 
-
-def errors_removed(model):
-    """For FIGURES: what a student gains, as a share of the stand-alone one's errors."""
-    return lambda m: (m[model] - m["alone"], 100 - m["alone"])
-
-
-def best_stand_alone(m):
-    """The score of the best CNN that had no teacher."""
-    return max(m[name] for name in STAND_ALONE_CNNS)
-
-
-# {title: function of `balanced` -> (a difference, the whole that it is a share of)}
-FIGURES = {
-    "distilled_pool minus alone": minus("distilled_pool", "alone"),
-    "distilled minus alone": minus("distilled", "alone"),
-    "alone's errors removed by distilled_pool, %": errors_removed("distilled_pool"),
-    "alone's errors removed by distilled, %": errors_removed("distilled"),
-    "distilled_pool minus the best stand-alone CNN": lambda m: (
-        m["distilled_pool"] - best_stand_alone(m), 100
-    ),
-    "distilled minus the best stand-alone CNN": lambda m: (
-        m["distilled"] - best_stand_alone(m), 100
-    ),
-    "ensemble minus distilled_pool": minus("ensemble", "distilled_pool"),
-    "ensemble minus distilled": minus("ensemble", "distilled"),
-    "ensemble minus its best teacher": lambda m: (
-        m["ensemble"] - max(m[name] for name in TEACHERS), 100
-    ),
-    "alone's drop on test_shifted minus distilled_pool's": minus(
-        "drop alone", "drop distilled_pool"
-    ),
-}
+    m: of `balanced`.
+    """
+    taught = [name for name in ("distilled_pool", "distilled") if name in m]
+    alone, ensemble = m["alone"], m["ensemble"]
+    best_cnn = max(alone, m["tf_efficientnet_lite0"])
+    rows = {}
+    for name in taught:
+        rows[f"{name} minus alone"] = m[name] - alone, 100
+    for name in taught:
+        rows[f"alone's errors removed by {name}, %"] = m[name] - alone, 100 - alone
+    for name in taught:
+        rows[f"{name} minus the best stand-alone CNN"] = m[name] - best_cnn, 100
+    for name in taught:
+        rows[f"ensemble minus {name}"] = ensemble - m[name], 100
+    rows["ensemble minus its best teacher"] = ensemble - max(m[name] for name in TEACHERS), 100
+    if "drop distilled_pool" in m:
+        more = m["drop alone"] - m["drop distilled_pool"]
+        rows["alone's drop on test_shifted minus distilled_pool's"] = more, 100
+    return rows
 
 
 def balanced(rows):
@@ -411,41 +382,37 @@ def balanced(rows):
 
     Where there is test_shifted, 'drop <model>' is what it costs the model.
     """
-    scores = {}
-    for row in rows:
-        of_model = scores.setdefault(row["model"], {})
-        of_model[row["test_set"]] = 100 * float(row["balanced_accuracy"])
-    found = {model: np.mean(list(of_model.values())) for model, of_model in scores.items()}
-    for model, of_model in scores.items():
-        if "test_shifted" in of_model:
-            found[f"drop {model}"] = of_model["test"] - of_model["test_shifted"]
-    return found
+    means = {}
+    for model in values_of(rows, "model"):
+        of_model = select(rows, model=model)
+        scores = {row["test_set"]: 100 * float(row["balanced_accuracy"]) for row in of_model}
+        means[model] = np.mean(list(scores.values()))
+        if "test_shifted" in scores:
+            means[f"drop {model}"] = scores["test"] - scores["test_shifted"]
+    return means
 
 
 def print_figures(rows):
     """Differences of balanced accuracy per set, over seeds, and their means over sets."""
     sets, telling = values_of(rows, "set"), telling_sets(rows)
+    pairs = {}  # {title: {set: [(difference, whole) of each seed]}}
+    for name in sets:
+        of_set = select(rows, set=name)
+        for seed in sorted(values_of(of_set, "seed")):
+            for title, pair in figures(balanced(select(of_set, seed=seed))).items():
+                pairs.setdefault(title, {}).setdefault(name, []).append(pair)
     lines = []
-    for title, formula in FIGURES.items():
-        of_sets = {}
-        for name in sets:
-            pairs = []  # of each seed: (difference, whole)
-            for seed in sorted(values_of(select(rows, set=name), "seed")):
-                with suppress(KeyError):  # the set has no pool, or no test_shifted
-                    pairs.append(formula(balanced(select(rows, set=name, seed=seed))))
-            if pairs:
-                of_sets[name] = pairs
+    for title, of_sets in pairs.items():
         cells = []
         for name in sets:
             shares = [100 * part / whole for part, whole in of_sets.get(name, []) if whole]
-            cells.append(with_sd(shares, "+") if shares else "")
+            cells.append(with_std(shares, "+") if shares else "")
         for chosen in (sets, telling):
             means = [np.mean(of_sets[name], axis=0) for name in chosen if name in of_sets]
             part, whole = np.sum(means, axis=0) if means else (0, 0)
             cells.append(f"{100 * part / whole:+.1f}" if whole else "")
-        if of_sets:
-            lines.append([title, *cells])
-    print("\nbalanced accuracy in points, or % of errors, over seeds: mean (sd)\n")
+        lines.append([title, *cells])
+    print("\nbalanced accuracy in points, or % of errors, over seeds: mean (std)\n")
     print_table(["", *sets, "all sets", "sets that tell"], lines)
     print(f"\nsets that tell (not all models are perfect or guess): {', '.join(telling)}")
 
@@ -470,7 +437,7 @@ def main():
                    help="a ResNet18 that students start from (default: from scratch)")
     p.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="NAME",
                    help="which sets to run")
-    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")
     p.add_argument("--output", default="runs/accuracy", help="folder for the runs")
     p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")),
                    help="results are appended here")
@@ -496,7 +463,7 @@ def main():
         print_figures(rows)
         print_means(rows)
     print(
-        "\n(sd): standard deviation over seeds. ±: half the width of a 95 % interval over test "
+        "\n(std): standard deviation over seeds. ±: half the width of a 95 % interval over test "
         "pictures and,\nwhere there are several, seeds (Student's t); a mean over sets takes these "
         "as independent."
     )

@@ -2,14 +2,13 @@
 
 Not a benchmark itself. Importing it puts the repository on Python's path, so that common/ and
 infer.py are found from any working directory. Wherever a table says ±, it is half the width of a
-95 % interval; standard deviations stand in brackets, under (sd).
+95 % interval; standard deviations over seeds stand in brackets, under (std).
 """
 
 import csv
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy")
+from common.files import versions  # noqa: E402
+
 Z = 1.96  # two-sided 95 % of the normal distribution
 STUDENT_T = {  # the same of Student's t, by the number of values
     2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26,
@@ -81,11 +81,6 @@ def link(source, target):
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def count_files(folder):
-    """Files anywhere below a folder; 0 where there is no folder."""
-    return sum(1 for path in folder.rglob("*") if path.is_file())
 
 
 def make_pictures(folder, per_class, classes=("good", "hole", "scratch"), side=64, seed=0):
@@ -151,7 +146,7 @@ def print_table(columns, rows):
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def with_sd(values, sign=""):
+def with_std(values, sign=""):
     """'mean (standard deviation)' of one number per seed; of a single seed the number alone."""
     mean = f"{np.mean(values):{sign}.1f}"
     return mean if len(values) < 2 else f"{mean} ({np.std(values, ddof=1):.1f})"
@@ -169,9 +164,8 @@ def machine(*more):
     """
     capability = torch.backends.cpu.get_cpu_capability()
     parts = [f"{processor()} ({capability})", f"torch threads {torch.get_num_threads()}"]
-    parts.append(f"Python {platform.python_version()}")
-    parts += [f"{name} {version(name)}" for name in (*PACKAGES, *more)]
-    return ", ".join(parts)
+    installed = {**versions(), **{name: version(name) for name in more}}
+    return ", ".join([*parts, *(f"{name} {number}" for name, number in installed.items())])
 
 
 def processor():
@@ -179,7 +173,7 @@ def processor():
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return names[0] if names else "unknown processor"
 
 
 # ------------------------------------------------------------------------------------ CSV files

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from ablations import TASKS, development_folder
-from accuracy import TEACHERS, stages
+from accuracy import TEACHERS, teach
 from bench import print_table, run_stages
 
 from common import cli, models, splits
-from common.calibration import fit_temperature, fit_weights
-from common.images import DecodedCache
+from common.losses import fit_temperature, fit_weights
 from common.metrics import score
+from common.pictures import DecodedCache
 
 ROUNDS = 200  # of expectation maximisation
 
@@ -38,9 +38,9 @@ def calibrated_logits(homes, device):
     """(of val, val labels, of the development set, its labels); logits are [teachers, N, K]."""
     cache, of_val, of_test = DecodedCache(cli.CACHE), [], []
     for home in homes:
-        model, record = models.load_model(home / "best.pt", device)
-        _, val, data = splits.open_training(cache, record["data"])
-        test = splits.open_tests(cache, [Path(data["dir"]) / "test"], data)["test"]
+        model, state = models.load_model(home / "model.pt", device)
+        _, val, dataset = splits.open_training(cache, state["dataset"])
+        test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
         logits = models.predict(model, val, device)
         temperature = fit_temperature(logits, val.labels)
         of_val.append(logits / temperature)
@@ -51,8 +51,8 @@ def calibrated_logits(homes, device):
 def run(name, seed, args, device):
     """Rows of the table for one set and seed."""
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}_{TASKS[name].side}px"
-    data = development_folder(task, args, home, seed)
-    run_stages([("teachers", dict(stages(task, data, home, args.weights, seed))["teachers"])], home)
+    pictures = development_folder(task, args, home, seed)
+    run_stages([teach(task, pictures, home, args.weights, seed)], home)
     val, val_labels, test, labels = calibrated_logits([home / name for name in TEACHERS], device)
 
     product = fit_weights(val, val_labels)
@@ -64,10 +64,10 @@ def run(name, seed, args, device):
     }
     weights = {"mean of probabilities": mean, "product of experts": product}
     for answer, probabilities in answers.items():
-        found = score(probabilities, labels)
+        s = score(probabilities, labels)
         used = ", ".join(f"{w:.2f}" for w in weights.get(answer, []))
-        scores = [f"{100 * found['balanced_accuracy']:.1f}", f"{found['nll']:.3f}"]
-        yield [name, answer, used, *scores, f"{found['ece']:.3f}"]
+        scores = [f"{100 * s['balanced_accuracy']:.1f}", f"{s['nll']:.3f}", f"{s['ece']:.3f}"]
+        yield [name, answer, used, *scores]
 
 
 def main():
@@ -76,9 +76,9 @@ def main():
     p.add_argument("--weights", type=Path, required=True, help="folder with the teachers' weights")
     p.add_argument("--sets", nargs="+", default=["neu_cls_10", "elpv_100"], choices=list(TASKS),
                    metavar="NAME", help="sets of ablations.py")
-    p.add_argument("--seed", type=cli.natural, default=100)
+    p.add_argument("--seed", type=cli.seed, default=100)
     p.add_argument("--output", default="runs/ablations", help="folder for the runs")
-    cli.add_device_flag(p)
+    p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = cli.pick_device(args.device)
     rows = [row for name in args.sets for row in run(name, args.seed, args, device)]

@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import machine, print_table
+from bench import ROOT, machine, print_table
 from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from common import cli, export, models, onnx_file
+from common import cli, export, export_onnx, models
 from infer import load_student, resize
 
 SIDE, CLASSES = 224, 6
@@ -44,7 +44,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAPPED = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 TORCHSCRIPT, ONNX = ("student.ts", "student.int8.ts"), ("student.onnx", "student.int8.onnx")
 NEEDS = {".ts": ("torch", "numpy", "pillow"), ".onnx": ("onnxruntime", "numpy", "pillow")}
-PACKAGES = (*onnx_file.PACKAGES, "openvino")
+PACKAGES = (*export_onnx.PACKAGES, "openvino")
 REFERENCE = "student.int8.ts"
 FRAMES_PER_TURN = 4  # the first of which finds cold caches, and is not counted
 
@@ -65,23 +65,23 @@ def untrained_student():
 def write_files(student, folder, onnx):
     """The product's own files: two of TorchScript and, where wanted, two of ONNX."""
     views = [torch.rand(8, 3, SIDE, SIDE) * 255 for _ in range(4)]
-    facts = {
+    about = {
         "schema": export.SCHEMA,
         "classes": [str(k) for k in range(CLASSES)],
         "good_class": None,
         "operating_point": None,
         "view_size": SIDE,
         "white_level": 65535,
+        "temperature": 1.0,
     }
-    floats, int8 = {**facts, "precision": "float32"}, {**facts, "precision": "int8"}
-    deployed = export.Deployed(student, export.float_trunk(student), SIDE, 1.0)
-    quantised = export.Deployed(student, export.int8_trunk(student, views), SIDE, 1.0)
-    export.save_torchscript(deployed, floats, folder / "student.ts")
-    export.save_torchscript(quantised, int8, folder / "student.int8.ts")
-    if onnx:
-        graph = onnx_file.graph_of(deployed)
-        onnx_file.save(onnx_file.quantised(graph, views), int8, folder / "student.int8.onnx")
-        onnx_file.save(graph, floats, folder / "student.onnx", deployed)
+    for name, network in export.networks_of(student, lambda: views, SIDE, onnx):
+        precision = "int8" if ".int8" in name else "float32"
+        network.save({**about, "precision": precision}, folder / name)
+
+
+def onnx_is_here():
+    """Whether the packages are installed that the ONNX files need."""
+    return all(map(find_spec, export_onnx.PACKAGES))
 
 
 # ---------------------------------------------------------------------------------- contenders
@@ -111,7 +111,7 @@ class Nothing(nn.Module):
 
 def all_but_the_network(student):
     """A student.ts without its network."""
-    empty = export.Deployed(student, Nothing(), SIDE, 1.0).eval()
+    empty = export.Deployed(student, Nothing(), SIDE).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit")
         module = torch.jit.script(empty)
@@ -122,7 +122,7 @@ def openvino_runtime(folder, threads):
     """{name: function} of OpenVINO, on the product's ONNX files."""
     import openvino
 
-    core, found = openvino.Core(), {}
+    core, functions = openvino.Core(), {}
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -132,8 +132,8 @@ def openvino_runtime(folder, threads):
         model = core.read_model(folder / name)
         model.reshape([1, SIDE, SIDE, 3])
         compiled = core.compile_model(model, "CPU", config)
-        found[f"OpenVINO, {name}"] = partial(run_compiled, compiled)
-    return found
+        functions[f"OpenVINO, {name}"] = partial(run_compiled, compiled)
+    return functions
 
 
 def run_compiled(compiled, frame):
@@ -143,17 +143,17 @@ def run_compiled(compiled, frame):
 def contenders(folder, threads, own_only):
     """{name: function from a uint8 frame to probabilities}, as far as packages are there."""
     student = untrained_student()
-    onnx = not own_only and all(map(find_spec, onnx_file.PACKAGES))
+    onnx = not own_only and onnx_is_here()
     write_files(student, folder, onnx)
-    found = eager(student)
+    functions = eager(student)
     for name in TORCHSCRIPT + ONNX * onnx:
-        found[name] = load_student(folder / name, threads=threads)[0]
-    found["student.ts, all but the network"] = all_but_the_network(student)
+        functions[name] = load_student(folder / name, threads=threads)[0]
+    functions["student.ts, all but the network"] = all_but_the_network(student)
     if onnx:
-        found["resize of infer.py, for student.onnx"] = partial(resize, side=SIDE)
+        functions["resize of infer.py, for student.onnx"] = partial(resize, side=SIDE)
         if find_spec("openvino"):
-            found |= openvino_runtime(folder, threads)
-    return found
+            functions |= openvino_runtime(folder, threads)
+    return functions
 
 
 # ----------------------------------------------------------------------------- whole processes
@@ -164,7 +164,7 @@ def print_processes(turns):
     rows = []
     with tempfile.TemporaryDirectory() as home:
         home = Path(home)
-        write_files(untrained_student(), home, onnx=all(map(find_spec, onnx_file.PACKAGES)))
+        write_files(untrained_student(), home, onnx_is_here())
         picture = home / "frame.jpg"
         noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize(FRAME[1::-1]).save(picture)
@@ -180,8 +180,8 @@ def print_processes(turns):
 
 def first_verdict(model, picture):
     """(seconds from start to the first line, bytes of memory at most) of an infer.py process."""
-    infer = Path(__file__).parents[2] / "infer.py"
-    command = [sys.executable, infer, "--model", model, "--threads", "1", *[picture] * 9]
+    command = [sys.executable, ROOT / "infer.py", "--model", model, "--threads", "1"]
+    command += [picture] * 9
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -215,10 +215,10 @@ def measure(threads, turns, own_only):
     torch.set_num_threads(threads)
     frame = np.random.default_rng(0).integers(0, 256, FRAME, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        found = contenders(Path(folder), threads, own_only)
-    times = {name: [] for name in found}
+        functions = contenders(Path(folder), threads, own_only)
+    times = {name: [] for name in functions}
     for turn in range(1 + turns):  # the first is not counted
-        for name, run in found.items():
+        for name, run in functions.items():
             for repeat in range(FRAMES_PER_TURN):
                 start = time.perf_counter()
                 run(frame)
@@ -231,10 +231,9 @@ def measure(threads, turns, own_only):
 def measure_apart(threads, turns, own_only, environment):
     """`measure` in a process of its own, since instruction sets are chosen at its start."""
     words = [sys.executable, __file__, "--turns", turns, "--part", threads, int(own_only)]
-    words = [str(word) for word in words]
     environment = {**os.environ, **environment}
     process = subprocess.run(
-        words, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        list(map(str, words)), env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -263,10 +262,7 @@ def main():
         row = [name]
         for column in columns.values():
             ms = column["ms"]
-            cell = ""
-            if name in ms:
-                cell = f"{ms[name]:.2f} ({ms[name] / ms[REFERENCE]:.2f} x)"
-            row.append(cell)
+            row.append(f"{ms[name]:.2f} ({ms[name] / ms[REFERENCE]:.2f} x)" if name in ms else "")
         rows.append(row)
     print(f"\nms, medians of {3 * args.turns} frames, and as a multiple of int8's:\n")
     print_table(["", *columns], rows)

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import machine
+from timm.optim import param_groups_weight_decay
 
 from common import cli
-from common.ensemble import CachedLogits, view_file, write_view
-from common.files import file_sha256
-from common.images import Decoded
+from common.ensemble import CachedLogits, write_view
 from common.losses import labelled_cross_entropy, product_of_experts, soft_divergence
-from common.models import autocast, create_student, create_teacher, parameter_groups
-from common.pictures import Pictures
+from common.models import autocast, create_student, create_teacher
+from common.pictures import Decoded, Pictures
 from common.views import ViewRecipe, render
 
 CLASSES = 6
@@ -47,7 +46,7 @@ def random_logits(folder, teachers, count, rng):
     return CachedLogits(folder, {
         "temperatures": [1.0] * teachers,
         "weights": [1 / teachers] * teachers,
-        "sha256": [file_sha256(view_file(folder, view)) for view in (0, 1)],
+        "views": 1,
     })
 
 
@@ -58,7 +57,7 @@ class Steps:
         self.pictures, self.cache, self.device = pictures, cache, torch.device(args.device)
         self.teachers = [self.place(create_teacher(n, CLASSES, args.side)) for n in args.teachers]
         self.student = self.place(create_student(CLASSES, args.side)).train()
-        groups = parameter_groups(self.student, 0.05)
+        groups = param_groups_weight_decay(self.student.backbone, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
     def place(self, model):
@@ -84,7 +83,7 @@ class Steps:
         """(seconds of one step, seconds of it that rendering took)."""
         start = time.perf_counter()
         pixels = self.render(indices)
-        self.wait()
+        wait(self.device)
         rendered = time.perf_counter()
 
         q = self.soft_targets(kind, indices, pixels)
@@ -97,13 +96,14 @@ class Steps:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.wait()
+        wait(self.device)
         return time.perf_counter() - start, rendered - start
 
-    def wait(self):
-        """Let a GPU finish what it was asked to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+
+def wait(device):
+    """Let a GPU finish what it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(args, pictures, cache):

@@ -10,14 +10,13 @@ were trained on. Seconds, once the files are there.
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench import machine, print_table
 
-from common import cli, folders, splits
-from common.checkpoints import peek
+from common import cli, splits
 from common.export import load_exported
-from common.images import DecodedCache
 from common.metrics import score
+from common.models import read_header
+from common.pictures import DecodedCache
 
 NAMES = ("student.ts", "student.onnx", "student.int8.ts", "student.int8.onnx")
 PAIRS = ((0, 1), (0, 2), (0, 3), (2, 3))  # that decisions are compared of
@@ -34,16 +33,16 @@ def answers(path, pictures):
 
 def rows_of(folder):
     """A row per test set of one run folder."""
-    data = peek(folder / "best.pt")["data"]
-    sets = splits.open_tests(DecodedCache(cli.CACHE), folders.test_folders(data["dir"]), data)
+    dataset = read_header(folder / "model.pt")["dataset"]
+    tests = splits.test_folders(dataset["dir"])
+    sets = splits.open_tests(DecodedCache(cli.CACHE), tests, dataset)
     for name, pictures in sets.items():
-        found = [answers(folder / file, pictures) for file in NAMES]
-        accuracies = [score(torch.from_numpy(p), pictures.labels)["accuracy"] for p in found]
-        row = [Path(data["dir"]).name, name, f"{len(pictures)}"]
-        row += [f"{100 * accuracy:.1f}" for accuracy in accuracies]
+        said = [answers(folder / file, pictures) for file in NAMES]
+        row = [Path(dataset["dir"]).name, name, f"{len(pictures)}"]
+        row += [f"{100 * score(p, pictures.labels)['accuracy']:.1f}" for p in said]
         for a, b in PAIRS:
-            row.append(f"{(found[a].argmax(1) != found[b].argmax(1)).sum()}")
-        yield [*row, f"{np.abs(found[0] - found[1]).max():.0e}"]
+            row.append(f"{(said[a].argmax(1) != said[b].argmax(1)).sum()}")
+        yield [*row, f"{np.abs(said[0] - said[1]).max():.0e}"]
 
 
 def main():

@@ -4,9 +4,9 @@
     python tests/benchmarks/fuzz.py --pictures 2000 --files 1000 --keep findings
 
 Pictures of every format are cut off, their bits flipped, sizes in their headers changed, parts of
-them swapped, and go through infer.py's `try_to_read` and common/images.py's `decode_file`: both
-must end in pixels or an exception that they catch, and agree. A picture has no checksum that its
-format's reader always compares, so another picture may come out.
+them swapped, and go through infer.py's `try_to_read`, from a file, and common/pictures.py's
+`decode_file`, from memory: both must end in pixels or an exception that they catch, and agree. A
+picture has no checksum that its format's reader always compares, so another picture may come out.
 
 Files that one stage writes and another reads go through their own loaders. Only UserError (or
 infer.py's exit status 2) may come out of these, or the content of the undamaged file. The decoded
@@ -49,17 +49,15 @@ from PIL import Image
 from torch import nn
 
 import infer
-from common import audit, checkpoints, cli, export, onnx_file, splits
+from common import audit, cli, export, export_onnx, models, splits
 from common.ensemble import CachedLogits, load_ensemble
-from common.errors import UserError
-from common.files import ONNX_SEAL, SEAL
-from common.images import DecodedCache, decode_file, resize
+from common.files import CHECKSUM, ONNX_CHECKSUM, UserError
+from common.pictures import WHITE_LEVEL, DecodedCache, decode_file, resize
 
-ONNX = all(map(find_spec, onnx_file.PACKAGES))  # else its rows are left out
+ONNX = all(map(find_spec, export_onnx.PACKAGES))  # else its rows are left out
 LIMIT = 30  # s over one file, after which its process is ended
 MEMORY = 4 * 2**30  # bytes of address space that a process may take beyond its start
 SIZE = (37, 29)  # px; numbers that are easily found in a header
-WHITE_LEVEL = 65535
 VALUES = (0, 1, 2, 255, 4096, 8900, 32767, 65535, 100_000, 2**31 - 1, 2**32 - 1)  # for a size
 FOREIGN = (  # how files of other programs begin, which Pillow knows as well
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1", b"\0\0\1\0", b"DDS |",
@@ -73,14 +71,14 @@ OUTCOMES = (*GOOD, "as something else", "readers differ", "uncaught")
 # ------------------------------------------------------------------------------------- mutations
 
 
-def mutate(data, others, rng):
+def mutate(content, others, rng):
     """A damaged copy of some bytes, different from them; others: files to take parts from."""
     while True:
         kind = MUTATIONS[rng.integers(len(MUTATIONS))]
-        damaged = bytes(kind(bytearray(data), others, rng))
+        damaged = bytes(kind(bytearray(content), others, rng))
         if damaged.startswith(b"\x89PNG") and rng.random() < 0.5:
             damaged = with_right_sums(damaged)
-        if damaged != data:
+        if damaged != content:
             return damaged
 
 
@@ -90,71 +88,72 @@ def place(size, rng):
     return (int(rng.integers(size)), near, size - 1 - near)[rng.integers(3)]
 
 
-def cut_off(data, others, rng):
-    return data[: place(len(data), rng)]
+def cut_off(content, others, rng):
+    return content[: place(len(content), rng)]
 
 
-def flip_bits(data, others, rng):
+def flip_bits(content, others, rng):
     for _ in range(rng.integers(1, 9)):
-        data[place(len(data), rng)] ^= 1 << int(rng.integers(8))
-    return data
+        content[place(len(content), rng)] ^= 1 << int(rng.integers(8))
+    return content
 
 
-def overwrite(data, others, rng):
-    start = place(len(data), rng)
-    data[start:start + 16] = rng.bytes(min(len(data) - start, int(rng.integers(1, 17))))
-    return data
+def overwrite(content, others, rng):
+    start = place(len(content), rng)
+    content[start:start + 16] = rng.bytes(min(len(content) - start, int(rng.integers(1, 17))))
+    return content
 
 
-def change_number(data, others, rng):
+def change_number(content, others, rng):
     """Two or four bytes of the first hundred become an extreme number."""
-    start = int(rng.integers(min(100, len(data))))
+    start = int(rng.integers(min(100, len(content))))
     form = ("<H", ">H", "<I", ">I")[rng.integers(4)]
-    return put(data, start, form, VALUES[rng.integers(len(VALUES))])
+    return put(content, start, form, VALUES[rng.integers(len(VALUES))])
 
 
-def change_size(data, others, rng):
+def change_size(content, others, rng):
     """Width or height, wherever it stands in the header, becomes another one."""
-    found = []
+    places = []
     for form in ("<H", ">H", "<I", ">I"):
         for side in SIZE:
-            start = data[:400].find(struct.pack(form, side))
-            found += [(start, form)] if start >= 0 else []
+            start = content[:400].find(struct.pack(form, side))
+            places += [(start, form)] if start >= 0 else []
     for side in SIZE:
-        start = data[:20].find(str(side).encode())
+        start = content[:20].find(str(side).encode())
         if start >= 0:  # in text, as in a PGM
             number = str(VALUES[rng.integers(len(VALUES))]).encode()
-            return data[:start] + number + data[start + 2:]
-    if not found:
-        return change_number(data, others, rng)
+            return content[:start] + number + content[start + 2:]
+    if not places:
+        return change_number(content, others, rng)
     for _ in range(rng.integers(1, 3)):
-        data = put(data, *found[rng.integers(len(found))], VALUES[rng.integers(len(VALUES))])
-    return data
+        start, form = places[rng.integers(len(places))]
+        content = put(content, start, form, VALUES[rng.integers(len(VALUES))])
+    return content
 
 
-def put(data, start, form, number):
+def put(content, start, form, number):
     packed = struct.pack(form, number % 256 ** struct.calcsize(form))
-    data[start:start + len(packed)] = packed
-    return data
+    content[start:start + len(packed)] = packed
+    return content
 
 
-def splice(data, others, rng):
+def splice(content, others, rng):
     """The head of one file before the tail of another."""
     other = others[rng.integers(len(others))]
-    one, two = (data, other) if rng.random() < 0.5 else (other, data)
+    one, two = (content, other) if rng.random() < 0.5 else (other, content)
     return bytearray(one[: place(len(one), rng)]) + two[place(len(two), rng):]
 
 
-def foreign_head(data, others, rng):
+def foreign_head(content, others, rng):
     head = FOREIGN[rng.integers(len(FOREIGN))]
-    return bytearray(head) + data[len(head) * int(rng.integers(2)):]
+    return bytearray(head) + content[len(head) * int(rng.integers(2)):]
 
 
-def move_piece(data, others, rng):
+def move_piece(content, others, rng):
     """A piece is taken out, doubled or put elsewhere."""
-    start, length = place(len(data), rng), int(rng.integers(1, 65))
-    piece, rest = data[start:start + length], data[:start] + data[start + length:]
-    where, times = place(len(data), rng), int(rng.integers(3))
+    start, length = place(len(content), rng), int(rng.integers(1, 65))
+    piece, rest = content[start:start + length], content[:start] + content[start + length:]
+    where, times = place(len(content), rng), int(rng.integers(3))
     return rest[:where] + piece * times + rest[where:]
 
 
@@ -164,22 +163,22 @@ MUTATIONS = (cut_off, flip_bits, overwrite, change_number, change_size, splice, 
 
 def with_right_sums(png):
     """A PNG whose chunks have the checksums of what is in them, so that a reader goes on."""
-    data, start = bytearray(png), 8
-    while start + 12 <= len(data):
-        length = struct.unpack(">I", data[start:start + 4])[0]
+    content, start = bytearray(png), 8
+    while start + 12 <= len(content):
+        length = struct.unpack(">I", content[start:start + 4])[0]
         end = start + 8 + length
-        if end + 4 > len(data):
+        if end + 4 > len(content):
             break
-        data[end:end + 4] = struct.pack(">I", zlib.crc32(data[start + 4:end]))
+        content[end:end + 4] = struct.pack(">I", zlib.crc32(content[start + 4:end]))
         start = end + 4
-    return bytes(data)
+    return bytes(content)
 
 
-def mutate_json(data, others, rng):
+def mutate_json(content, others, rng):
     """As `mutate`, or with a value of the JSON replaced or left out."""
     if rng.random() < 0.5:
-        return mutate(data, others, rng)
-    value = json.loads(data)
+        return mutate(content, others, rng)
+    value = json.loads(content)
     at = value
     while True:
         keys = list(at) if isinstance(at, dict) else list(range(len(at)))
@@ -194,7 +193,7 @@ def mutate_json(data, others, rng):
     else:
         at[key] = values[rng.integers(len(values))]
     damaged = json.dumps(value, indent=1).encode() + b"\n"
-    return damaged if damaged != data else mutate_json(data, others, rng)
+    return damaged if damaged != content else mutate_json(content, others, rng)
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -224,25 +223,25 @@ def drawn_pictures():
         "WEBP, lossless": (colour, {"lossless": True}),
         "PGM": (colour.convert("L"), {}),
     }
-    found = {}
+    drawn = {}
     for name, (image, options) in kinds.items():
         file = io.BytesIO()
         image.save(file, "PPM" if name == "PGM" else name.split(",")[0], **options)
-        found[name] = file.getvalue()
-    return found
+        drawn[name] = file.getvalue()
+    return drawn
 
 
 def picture_checker(name):
     """(bytes, other files, mutation, check) of a picture format."""
     drawn, path = drawn_pictures(), Path("picture")
 
-    def read(data):
+    def read(content):
         """(pixels or None, the same resized by either reader, s of the slower one)."""
-        path.write_bytes(data)
+        path.write_bytes(content)
         start = time.perf_counter()
         ours = infer.try_to_read(path, WHITE_LEVEL)
         middle = time.perf_counter()
-        theirs = decode_file(path, hashlib.sha256(data).hexdigest(), 32, WHITE_LEVEL)[0]
+        theirs = decode_file(path, hashlib.sha256(content).hexdigest(), 32, WHITE_LEVEL)[0]
         seconds = max(middle - start, time.perf_counter() - middle)
         if isinstance(ours, MemoryError):
             raise ours
@@ -252,8 +251,8 @@ def picture_checker(name):
 
     original = read(drawn[name])[0]
 
-    def check(data):
-        ours, small, theirs, seconds = read(data)
+    def check(content):
+        ours, small, theirs, seconds = read(content)
         if (small is None) != (theirs is None):
             return "readers differ", seconds
         if ours is None:
@@ -273,22 +272,21 @@ def make_files():
     """A tiny chain's files in the working directory, and exported files with a tiny network."""
     make_pictures(Path("parts"), {"train": 8, "test": 4})
     call("train_teacher.py", "--data-dir", "parts", "--view-size", 32, "--model", "test_resnet",
-         "--epochs", 1, "--device", "cpu")
+         "--steps", 1, "--device", "cpu")
     call("build_ensemble.py", "--views", 2, "--device", "cpu")
     normal = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "img_size": 32}
     network = SimpleNamespace(backbone=SimpleNamespace(fc=nn.Linear(4, 3)), **normal)
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    deployed = export.Deployed(network, trunk, view_size=32, temperature=1.0)
+    deployed = export.Deployed(network, trunk, view_size=32)
     metadata = {
         "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_class": "good",
         "view_size": 32, "img_size": 32, "white_level": WHITE_LEVEL, "precision": "float32",
         "operating_point": {"threshold": 0.5, "target": {"max_miss_rate": 0.05}},
         "temperature": 1.0, "parameters": 127,
     }
-    export.save_torchscript(deployed, metadata, Path("student.ts"))
+    export.TorchScript(deployed).save(metadata, Path("student.ts"))
     if ONNX:
-        graph = onnx_file.graph_of(deployed)
-        onnx_file.save(graph, metadata, Path("student.onnx"), deployed)
+        export_onnx.Graph.of(deployed).save(metadata, Path("student.onnx"))
 
 
 def same(a, b):
@@ -314,30 +312,29 @@ def logits():
 
 def ensemble_and_logits():
     """ensemble.json, and what it lets through to the logits."""
-    record = ensemble()
-    CachedLogits("runs/ensemble", record).targets([0, 1], [0, 1], 2.0)
-    return record
+    spec = ensemble()
+    CachedLogits("runs/ensemble", spec).targets([0, 1], [0, 1], 2.0)
+    return spec
 
 
 def decoded():
     """The decoded training pictures; UserError where they had to be made again."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        found = DecodedCache(cli.CACHE).open(Path("parts/train"), 32)
-    content = [np.array(found.images), found.paths, found.digests, found.facts, found.bad]
+        train = DecodedCache(cli.CACHE).open(Path("parts/train"), 32)
+    content = [np.array(train.images), train.paths, train.digests, train.sizes, train.bad]
     return remade(content, "decoded" in said.getvalue())
 
 
 def audited():
-    """What the audit found; UserError where the pictures had to be looked at again."""
-    cache, record = DecodedCache(cli.CACHE), checkpoints.peek("runs/test_resnet/best.pt")["data"]
-    train, val, record = splits.open_training(cache, record)
-    sets = {"train": train, "val": val, **splits.open_tests(cache, ["parts/test"], record)}
-    files = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
-    found = audit.audit(sets, cli.CACHE)
-    audit.describe(found, record["classes"])
-    again = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
-    return remade(found, files != again)
+    """What the audit says; UserError where the pictures had to be looked at again."""
+    cache, dataset = DecodedCache(cli.CACHE), header()["dataset"]
+    train, val, dataset = splits.open_training(cache, dataset)
+    sets = {"train": train, "val": val, **splits.open_tests(cache, ["parts/test"], dataset)}
+    before = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
+    findings = audit.audit(sets, cli.CACHE)
+    after = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
+    return remade(findings, before != after)
 
 
 ORIGINAL = {}  # what a cache holds, as first read in this process
@@ -354,11 +351,11 @@ def remade(content, again):
 
 
 def checkpoint():
-    return checkpoints.load("runs/test_resnet/best.pt")
+    return models.load_checkpoint("runs/test_resnet/model.pt")
 
 
-def peeked():
-    return checkpoints.peek("runs/test_resnet/best.pt")
+def header():
+    return models.read_header("runs/test_resnet/model.pt")
 
 
 def exported(path):
@@ -382,7 +379,7 @@ def file_checker(name):
         load()
     original = load()
     path = next(Path().glob(pattern))
-    data = path.read_bytes()
+    content = path.read_bytes()
     others = [file.read_bytes() for file in Path("runs").rglob("*.*") if file.is_file()]
 
     def check(damaged):
@@ -390,8 +387,7 @@ def file_checker(name):
         path.write_bytes(damaged)
         start = time.perf_counter()
         try:
-            found = load()
-            outcome = "as the original" if same(found, original) else "as something else"
+            outcome = "as the original" if same(load(), original) else "as something else"
         except UserError:
             outcome = "refused"
         except SystemExit as end:
@@ -400,32 +396,33 @@ def file_checker(name):
             outcome = "refused"
         seconds = time.perf_counter() - start
         path.unlink()
-        path.write_bytes(data)
+        path.write_bytes(content)
         return outcome, seconds
 
-    return data, others, mutation, check
+    return content, others, mutation, check
 
 
-def edit_metadata(data, others, rng):
+def edit_metadata(content, others, rng):
     """student.ts with a changed metadata.json and right checksums."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(packed, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w") as new:
         for name in old.namelist():
-            content = old.read(name)
+            entry = old.read(name)
             if name.endswith("metadata.json"):
-                content = mutate_json(content, others, rng)
-            new.writestr(name, content)
-    return sealed_again(packed.getvalue(), SEAL)
+                entry = mutate_json(entry, others, rng)
+            new.writestr(name, entry)
+    return with_checksum(packed.getvalue(), CHECKSUM)
 
 
-def edit_graph(data, others, rng):
-    """student.onnx, mutated anywhere, with a right seal."""
-    return sealed_again(mutate(data[:-infer.SEALS[".onnx"]], others, rng), ONNX_SEAL)
+def edit_graph(content, others, rng):
+    """student.onnx, mutated anywhere, with a right checksum."""
+    size = len(ONNX_CHECKSUM.format("0" * 64))
+    return with_checksum(mutate(content[:-size], others, rng), ONNX_CHECKSUM)
 
 
-def sealed_again(data, seal):
-    """Bytes with the seal that fits them, as a foreign program might write it."""
-    return data + seal.format(hashlib.sha256(data).hexdigest()).encode()
+def with_checksum(content, ending):
+    """Bytes with the checksum that fits them, as a foreign program might write it."""
+    return content + ending.format(hashlib.sha256(content).hexdigest()).encode()
 
 
 FILES = {  # what: (file, loader, mutation, share of the mutations)
@@ -434,8 +431,8 @@ FILES = {  # what: (file, loader, mutation, share of the mutations)
     "index.json": ("runs/decoded/train-*/index.json", decoded, mutate_json, 3),
     "images.bin": ("runs/decoded/train-*/images.bin", decoded, mutate, 1),
     "audit-*.json": ("runs/decoded/audit-*.json", audited, mutate_json, 1),
-    "best.pt, load": ("runs/test_resnet/best.pt", checkpoint, mutate, 3),
-    "best.pt, peek": ("runs/test_resnet/best.pt", peeked, mutate, 2),
+    "model.pt": ("runs/test_resnet/model.pt", checkpoint, mutate, 3),
+    "model.pt, header": ("runs/test_resnet/model.pt", header, mutate, 2),
     "student.ts, infer.py": ("student.ts", partial(verdict, "student.ts"), mutate, 2),
     "student.ts, evaluate.py": ("student.ts", partial(exported, "student.ts"), mutate, 2),
     "student.ts, an edit": ("student.ts", partial(verdict, "student.ts"), edit_metadata, 1),
@@ -462,13 +459,14 @@ def work(connection, home, name, numbers, seed, keep):
     with tempfile.TemporaryDirectory(dir=home) as own:
         shutil.copytree("original", f"{own}/w")
         os.chdir(f"{own}/w")
-        data, others, mutation, check = (file_checker if name in FILES else picture_checker)(name)
+        checker = file_checker if name in FILES else picture_checker
+        content, others, mutation, check = checker(name)
         begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         limit = MEMORY + 4096 * int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for number in numbers:
             rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
-            damaged, words, start = mutation(data, others, rng), "", time.perf_counter()
+            damaged, words, start = mutation(content, others, rng), "", time.perf_counter()
             try:
                 outcome, seconds = check(damaged)
             except BaseException as error:
@@ -539,12 +537,12 @@ def measure(home, name, count, args):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--pictures", type=cli.natural, default=100_000, help="mutated pictures")
-    p.add_argument("--files", type=cli.natural, default=20_000, help="mutated other files")
+    p.add_argument("--pictures", type=cli.positive_int, default=100_000, help="mutated pictures")
+    p.add_argument("--files", type=cli.positive_int, default=20_000, help="mutated other files")
     p.add_argument("--jobs", type=cli.positive_int, default=os.cpu_count(), help="processes")
     p.add_argument("--only", nargs="+", metavar="WHAT", help="rows of the table to be made")
     p.add_argument("--keep", metavar="DIR", help="write what was not refused or slow there")
-    p.add_argument("--seed", type=cli.natural, default=0, help="of the mutations")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the mutations")
     args = p.parse_args()
     begin = time.perf_counter()
     if args.keep:
@@ -561,13 +559,13 @@ def main():
         with contextlib.chdir(f"{home}/original"):
             make_files()
         for name, count in counts.items():
-            if count and (not args.only or name in args.only):
+            if not args.only or name in args.only:
                 row, faults[name] = measure(home, name, count, args)
                 rows.append(row)
                 print(*row, sep="\t", file=sys.stderr, flush=True)
     print_table(columns, rows)
-    for name, found in faults.items():
-        for words, count in found.most_common():
+    for name, of_kind in faults.items():
+        for words, count in of_kind.most_common():
             print(f"{name}: {count} x {words}")
     print(f"\n{time.perf_counter() - begin:.0f} s, {args.jobs} processes. {machine()}")
 

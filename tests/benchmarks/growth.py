@@ -6,16 +6,17 @@
 Of N made pictures of 64 px in four classes, half are labelled (a fifth of these for validation), a
 quarter has no labels and a quarter is for testing; views are 32 px, the teacher is timm's smallest.
 Decoding, and the split with its search for leaks, run as functions in processes of their own, since
-train_teacher.py does both and trains as well; all else are the scripts as a user calls them, and
-the parts of a script are those that it prints itself. All pictures of a class look alike but in
-their grain, so that the audit compares nearly every later picture in detail: its dearest case.
+train_teacher.py does both and trains as well; all else are the scripts as a user calls them, with
+as many steps as make one pass over the pictures, and the parts of a script are those that it prints
+itself. All pictures of a class look alike but in their grain, so that the audit compares nearly
+every later picture in detail: its dearest case.
 
 Bytes on disk, for views of side S, T teachers, V stored views beside the plain one, K classes:
 
     runs/decoded     3 S^2 a picture, and about 200 for its path, hash and size in index.json
     runs/ensemble    4 T K (V + 1) a training or unlabelled picture
     runs/report      about 80 + 9 K a model and test picture in predictions.csv
-    runs/decoded/audit-*.json, metrics.json   about 400 for each copy that is found
+    runs/decoded/audit-*.json, metrics.json   about 400 for each copy or near-duplicate
 
 Checkpoints and exported files do not grow. Beside other work set OMP_NUM_THREADS=1: two threads
 that wait for one core make the times many times too high.
@@ -24,6 +25,7 @@ A memory map counts as memory of its process although the system takes it back w
 "flat" is about the other memory, which is looked at every 20 ms.
 """
 
+import math
 import os
 import re
 import shutil
@@ -36,26 +38,27 @@ from pathlib import Path
 from bench import ROOT, machine, make_pictures, print_table
 
 from common import cli, splits
-from common.errors import UserError
-from common.folders import test_folders
-from common.images import WHITE_LEVEL, DecodedCache
+from common.files import UserError
+from common.pictures import WHITE_LEVEL, DecodedCache
 
 CLASSES = ("good", "hole", "rust", "scratch")
 SIDE, VIEWS = 32, 8
 BYTES = 20_000  # a picture with all that is made from it takes less
 LINEAR, FLAT = 1.15, 300  # times the growth of the pictures; MB
 SHORT = 5.0  # s, below which a time says nothing about growth
-ONE_EPOCH = ("--epochs", 1, "-b", 128, "--device", "cpu")
+CPU = ("--device", "cpu")
+BATCH = 128
 STAGES = {
     "decoding": ("tests/benchmarks/growth.py", "--stage", "decode"),
     "split and leak check": ("tests/benchmarks/growth.py", "--stage", "leaks"),
     "train_teacher.py": (
         "train_teacher.py", "--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet",
-        *ONE_EPOCH),
-    "build_ensemble.py": ("build_ensemble.py", "--views", VIEWS, "--device", "cpu"),
-    "distill.py": ("distill.py", *ONE_EPOCH),
-    "evaluate.py": ("evaluate.py", "--device", "cpu"),
+        "-b", BATCH, *CPU),
+    "build_ensemble.py": ("build_ensemble.py", "--views", VIEWS, *CPU),
+    "distill.py": ("distill.py", "-b", BATCH, *CPU),
+    "evaluate.py": ("evaluate.py", *CPU),
 }
+PASS_OVER = {"train_teacher.py": 0.4, "distill.py": 0.65}  # shares of the pictures
 
 
 def decode():
@@ -66,15 +69,16 @@ def decode():
 
 def leaks():
     """What every stage does first, and the search for test pictures among the training ones."""
-    cache, watch = DecodedCache(cli.CACHE), cli.Stopwatch()
-    train, val, record = splits.open_training(cache, {
+    cache = DecodedCache(cli.CACHE)
+    train, val, dataset = splits.open_training(cache, {
         "dir": "parts", "view_size": SIDE, "white_level": WHITE_LEVEL, "val_fraction": 0.2,
         "group_regex": None, "dropped": [],
     })
-    watch.lap("hashing and split")
-    splits.find_leaks(cache, train + val, test_folders("parts"), record)
-    watch.lap("leak check")
-    print(watch)
+    cli.lap("hashing and split")
+    tests = splits.open_to_compare(cache, dataset)
+    splits.leaked_paths(train + val, tests, "training", drop=True, allow=False)
+    cli.lap("leak check")
+    cli.print_laps()
 
 
 def measure(words, home):
@@ -107,8 +111,8 @@ def own_memory(pid):
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
-    found = re.search(r"RssAnon:\s+(\d+) kB", text)
-    return int(found[1]) / 1024 if found else 0.0
+    line = re.search(r"RssAnon:\s+(\d+) kB", text)
+    return int(line[1]) / 1024 if line else 0.0
 
 
 def megabytes(folder):
@@ -117,27 +121,29 @@ def megabytes(folder):
 
 
 def measure_size(n, home):
-    """{stage: what `measure` found} for n pictures."""
+    """{stage: what `measure` says} for n pictures."""
     begin = time.perf_counter()
     counts = {"train": n // 8, "unlabelled": n // 16, "test": n // 16}
     make_pictures(home / "parts", counts, CLASSES)
     size, seconds = megabytes(home), time.perf_counter() - begin
     print(f"{n} pictures: {size:.0f} MB, made in {seconds:.0f} s", file=sys.stderr)
-    found = {}
+    costs = {}
     for name, words in STAGES.items():
-        found[name] = measure(words, home)
-        print(f"{n} {name}: {found[name]}", file=sys.stderr, flush=True)
-    return found
+        if name in PASS_OVER:
+            words = (*words, "--steps", math.ceil(PASS_OVER[name] * n / BATCH))
+        costs[name] = measure(words, home)
+        print(f"{n} {name}: {costs[name]}", file=sys.stderr, flush=True)
+    return costs
 
 
-def print_times(sizes, found):
+def print_times(sizes, costs):
     """Seconds of every part at every size, and how many times those of the size before."""
     columns = ["seconds", f"{sizes[0]:,}"]
     for before, n in zip(sizes, sizes[1:]):
         columns += [f"{n:,}", f"times, for {n / before:g} x"]
     rows = []
     for name in STAGES:
-        each = [found[n][name][0] for n in sizes]
+        each = [costs[n][name][0] for n in sizes]
         for part in each[-1]:
             values = [seconds.get(part, 0.0) for seconds in each]
             title = name if part == "in all" else f"- {part}"
@@ -156,12 +162,12 @@ def verdict(sizes, values):
     return "yes" if values[-1] <= allowed * values[-2] else "**no**"
 
 
-def print_memory(sizes, found):
+def print_memory(sizes, costs):
     """Peak memory of every stage at every size, whether it is flat, and what it wrote."""
     columns = ["MB", *(f"peak, {n:,}" for n in sizes), *(f"own, {n:,}" for n in sizes)]
     rows = []
     for name in STAGES:
-        each = [found[n][name] for n in sizes]
+        each = [costs[n][name] for n in sizes]
         row = [name, *(f"{peak:.0f}" for _, peak, _, _ in each)]
         row += [f"{own:.0f}" for _, _, own, _ in each]
         flat = each[-1][2] - each[0][2] <= FLAT
@@ -180,16 +186,16 @@ def main():
     if args.stage:
         return {"decode": decode, "leaks": leaks}[args.stage]()
 
-    found, begin = {}, time.perf_counter()
+    costs, begin = {}, time.perf_counter()
     for n in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.home) as home:
             free = shutil.disk_usage(home).free
             if n * BYTES > free:
                 raise UserError(f"--sizes {n}: wants {n * BYTES / 1e9:.0f} GB of disk; use --home")
-            found[n] = measure_size(n, Path(home))
-    print_times(args.sizes, found)
+            costs[n] = measure_size(n, Path(home))
+    print_times(args.sizes, costs)
     print()
-    print_memory(args.sizes, found)
+    print_memory(args.sizes, costs)
     print(f"\n{time.perf_counter() - begin:.0f} s. {machine()}")
 
 

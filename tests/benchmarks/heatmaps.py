@@ -5,10 +5,10 @@
 
 Every defective part is drawn twice from the same random numbers, once without its defect; where the
 two pictures differ, there it is. On pictures whose class the student names: the pixel AUROC, the
-probability that a pixel of the defect is redder than one beside it (0.5 is chance). Two maps: the
-file's `explain` on the picture, and on another picture of the class, which knows that parts lie in
-the middle and heads at an end, but has not seen this part. The seed is none of the embedded set's.
-A bend is not in one place, so bent parts are left out.
+probability that a pixel of the defect is redder than one beside it (0.5 is chance). Two occlusion
+maps: of the picture, and of another picture of the class, which knows that parts lie in the middle
+and heads at an end, but has not seen this part. The seed is none of the embedded set's. A bend is
+not in one place, so bent parts are left out.
 """
 
 from pathlib import Path
@@ -18,8 +18,9 @@ from bench import Z, print_table
 from PIL import Image
 
 from common import cli
-from common.synthetic import CLASSES, draw
-from infer import OPACITY, RED, explain, load_student, resize
+from common.fasteners import CLASSES
+from common.fasteners.drawing import draw
+from infer import OPACITY, RED, load_student, occlusion_map, resize
 
 SEED, SPLIT = 77, 0
 CHANGED = 12  # of 255, from which a pixel belongs to the defect
@@ -60,23 +61,23 @@ def overlay(picture, evidence, side):
     return image
 
 
-def explain_class(student, metadata, name, count):
+def named_parts(student, metadata, name, count):
     """[(picture, evidence, defect)] of the parts of a class that the student names."""
-    found, good = [], metadata["good_class"]
+    parts, good = [], metadata["good_class"]
     good = metadata["classes"].index(good) if good else None
     for number in range(count):
         picture, defect = draw_twins(name, number)
         said = metadata["classes"][int(student(picture).argmax())]
         if said == name and defect.any():
-            evidence = explain(student, resize(picture, metadata["view_size"]), good)
-            found.append((picture, evidence, defect))
-    return found
+            evidence = occlusion_map(student, resize(picture, metadata["view_size"]), good)
+            parts.append((picture, evidence, defect))
+    return parts
 
 
-def score(found):
+def score(parts):
     """The cells of one class: AUROC of each picture's own evidence, and of the next one's."""
-    maps = [evidence for _, evidence, _ in found]
-    defects = [defect for _, _, defect in found]
+    maps = [evidence for _, evidence, _ in parts]
+    defects = [defect for _, _, defect in parts]
     cells = []
     for some in (maps, maps[1:] + maps[:1]):
         areas = [pixel_auroc(evidence, defect) for evidence, defect in zip(some, defects)]
@@ -99,10 +100,10 @@ def measure(path, count):
     student, metadata = load_student(path)
     rows, shown = [], []
     for name in LOCAL:
-        found = explain_class(student, metadata, name, count)
-        cells = score(found) if len(found) > 1 else ["", "", ""]
-        rows.append([name, f"{len(found)} of {count}", *cells])
-        shown += found[:SHOWN]
+        parts = named_parts(student, metadata, name, count)
+        cells = score(parts) if len(parts) > 1 else ["", "", ""]
+        rows.append([name, f"{len(parts)} of {count}", *cells])
+        shown += parts[:SHOWN]
     print(f"\n{path}: view size {metadata['view_size']} px, {metadata['precision']}\n")
     print_table([
         "class", "named", "pixel AUROC", "of another picture's map", "defect covers, % of picture",

@@ -5,7 +5,7 @@
 
 A chain of tiny pictures and networks runs once undisturbed, each script on what the ones before it
 left. Then each script runs again on that, is killed (SIGKILL) at a moment drawn uniformly from its
-duration, and is continued as a user would: with --resume where a run has left best.pt or last.pt,
+duration, and is continued as a user would: with --resume where a run has left last.pt or model.pt,
 else by starting it again. Every other continuation is killed too. What it wrote in the end must be
 what the undisturbed run wrote: weights, logits, predictions, verdicts, all numbers but seconds.
 
@@ -15,7 +15,6 @@ imports; for the files this is the same.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -37,19 +36,20 @@ import evaluate
 import infer
 import train_teacher
 from common import cli
-from common.checkpoints import load
 from common.export import load_exported
+from common.files import file_sha256
+from common.models import load_checkpoint
 
 PICTURES = {"train": 24, "test": 12, "unlabelled": 16}  # per class
 TEACHERS = ("test_vit", "test_resnet")  # timm's smallest
 CAMERA = 60  # pictures that infer.py --watch finds
 LIMIT = 900  # s that a run may take
-TRAINING = ("--epochs", 3, "-b", 16, "--device", "cpu")
+TRAINING = ("-b", 16, "--device", "cpu")  # the steps are three passes over the pictures
 SCRIPTS = {  # script: (what runs, its command line)
     "train_teacher.py": (train_teacher.main, (
-        "--data-dir", "parts", "--view-size", 32, "--model", *TEACHERS, *TRAINING)),
+        "--data-dir", "parts", "--view-size", 32, "--model", *TEACHERS, "--steps", 12, *TRAINING)),
     "build_ensemble.py": (build_ensemble.main, ("--views", 8, "--device", "cpu")),
-    "distill.py": (distill.main, (*TRAINING, "--max-int8-drop", 100)),
+    "distill.py": (distill.main, ("--steps", 21, *TRAINING, "--max-int8-drop", 100)),
     "evaluate.py": (evaluate.main, ("--device", "cpu")),
     "infer.py --watch": (infer.main, ("--watch", "camera")),
 }
@@ -63,6 +63,7 @@ MEASURED = {"latency_ms", "seconds", "versions", "checkpoint_sha256", "sha256_of
 
 def start(script, *more):
     """Run a script in a process of its own, its output in output.txt."""
+    Path("output.txt").unlink(missing_ok=True)
     process = CONTEXT.Process(target=as_script, args=(script, more, os.getcwd()))
     process.start()
     return process
@@ -91,9 +92,9 @@ def finish(process, script):
     """Wait for a script; its exit status. infer.py --watch is ended once it has judged all."""
     deadline = time.monotonic() + LIMIT
     while script == "infer.py --watch" and process.is_alive() and time.monotonic() < deadline:
-        if count_lines() >= CAMERA:
+        if has_judged_all():
             os.kill(process.pid, signal.SIGINT)
-            process.join(2)  # one that had all judged before may not be listening yet
+            process.join(2)
         time.sleep(0.002)
     process.join(max(0.0, deadline - time.monotonic()))
     if process.is_alive():
@@ -103,10 +104,12 @@ def finish(process, script):
     return process.exitcode
 
 
-def count_lines():
-    """Pictures that infer.py --watch has judged."""
-    file = Path("camera/judged.jsonl")
-    return file.read_bytes().count(b"\n") if file.is_file() else 0
+def has_judged_all():
+    """Whether infer.py --watch has judged all and listens: it says so before it judges anything."""
+    output, log = Path("output.txt"), Path("camera/judged.jsonl")
+    if not (output.is_file() and output.stat().st_size and log.is_file()):
+        return False
+    return log.read_bytes().count(b"\n") >= CAMERA
 
 
 def continue_words(script):
@@ -149,7 +152,7 @@ def artefacts(script):
     if script == "train_teacher.py":
         return {k: v for name in TEACHERS for k, v in trained(runs / name).items()}
     if script == "build_ensemble.py":
-        views = {file.name: digest(file) for file in sorted(runs.glob("ensemble/view_*.npy"))}
+        views = {file.name: file_sha256(file) for file in sorted(runs.glob("ensemble/view_*.npy"))}
         return {**views, "ensemble.json": read_json(runs / "ensemble/ensemble.json")}
     if script == "distill.py":
         files = sorted((runs / "student").glob("*.ts"))
@@ -160,7 +163,7 @@ def artefacts(script):
         report = runs / "report"
         return {
             "metrics.json": read_json(report / "metrics.json"),
-            "predictions.csv": digest(report / "predictions.csv"),
+            "predictions.csv": file_sha256(report / "predictions.csv"),
             "report.html": (report / "report.html").is_file(),
             **audits,
         }
@@ -170,19 +173,19 @@ def artefacts(script):
 
 
 def trained(folder):
-    """Of a training run: the weights that were chosen, all that resuming needs, and the curve."""
-    found = {}
-    for name in ("best.pt", "last.pt"):
-        state = load(folder / name)
+    """Of a training run: the weights, all that resuming needs, and the curve."""
+    files = {}
+    for name in ("model.pt", "last.pt"):
+        state = load_checkpoint(folder / name)
         raw = state.get("raw_state_dict", {})
-        found[f"{folder.name}/{name}"] = [
+        files[f"{folder.name}/{name}"] = [
             state["weights_sha256"],
             {key: tensor.tolist() for key, tensor in raw.items()},
-            without_measured({key: state[key] for key in ("epoch", "metrics", "history")}),
+            without_measured({key: state[key] for key in ("steps", "metrics", "history")}),
         ]
     rows = (folder / "log.csv").read_text().splitlines()
-    found[f"{folder.name}/log.csv"] = [row.rsplit(",", 1)[0] for row in rows]  # seconds are last
-    return found
+    files[f"{folder.name}/log.csv"] = [row.rsplit(",", 1)[0] for row in rows]  # seconds are last
+    return files
 
 
 @torch.inference_mode()
@@ -208,24 +211,20 @@ def read_json(path):
     return without_measured(json.loads(path.read_text()))
 
 
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def leftovers():
     """Temporary files and locks that stay when a killed script has been continued to its end."""
     some = [path for path in Path().rglob(".*") if path.is_file()]
-    return ["a lock" if path.name == ".lock" else "a temporary file" for path in some]
+    return ["a lock" if path.name.endswith(".lock") else "a temporary file" for path in some]
 
 
 def losses(script, wanted):
     """What differs from the undisturbed run's artefacts."""
     try:
-        found = artefacts(script)
+        written = artefacts(script)
     except Exception as error:
         return [f"unreadable ({type(error).__name__}: {error})"]
-    lost = [f"{name} differs" for name in wanted if found.get(name) != wanted[name]]
-    return lost + [f"{name} is new" for name in found if name not in wanted]
+    lost = [f"{name} differs" for name in wanted if written.get(name) != wanted[name]]
+    return lost + [f"{name} is new" for name in written if name not in wanted]
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -285,7 +284,7 @@ def main():
     p.add_argument("--runs", type=cli.positive_int, default=20, help="killed runs of each script")
     p.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS),
                    help="which are killed; all run")
-    p.add_argument("--seed", type=cli.natural, default=0, help="of the moments")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of the moments")
     args = p.parse_args()
     warm_up()
     begin = time.perf_counter()

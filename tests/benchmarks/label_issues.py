@@ -1,11 +1,11 @@
-"""Swapped labels: how many of them build_ensemble.py names as doubtful, and how many wrongly.
+"""Label errors: how many swapped labels build_ensemble.py names, and how many others.
 
     python tests/benchmarks/label_issues.py --data DIR --weights DIR     # some 5 minutes a seed
     python tests/benchmarks/label_issues.py ... --cleanlab     # beside that package, same answers
 
 Of the training pictures of an ImageFolder --per-class train and half as many validate; a tenth of
 the labels of both is swapped for another class. train_teacher.py and build_ensemble.py run as a
-user would run them, in runs/label_issues/seed_N/; the doubtful labels in ensemble.json are compared
+user would run them, in runs/label_issues/seed_N/; the label errors in ensemble.json are compared
 with what was swapped. What ran before is not run again.
 """
 
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TEACHERS
+from accuracy import TEACHERS, Task, teach
 from bench import link, run_stages
 
 from common import cli, models, splits
+from common.audit.label_errors import neighbour_votes
 from common.ensemble import CachedLogits, load_ensemble
-from common.errors import UserError
-from common.images import DecodedCache
-from common.labels import neighbour_votes
+from common.files import UserError
+from common.pictures import DecodedCache
 
-SWAPPED, SIDE, EPOCHS, VIEWS = 0.1, 98, 15, 6
+SWAPPED, SIDE, STEPS, VIEWS = 0.1, 98, 150, 6
 CPU = torch.device("cpu")
 
 
@@ -49,17 +49,12 @@ def lay_out(source, per_class, home, seed):
 
 def stages(home, weights, seed):
     """(name, command words) of one seed."""
-    teachers = [home / name / "best.pt" for name in TEACHERS]
-    files = [weights / f"{name}.safetensors" for name in TEACHERS]
-    rest = ["--seed", seed, "--overwrite"]
+    task = Task("", 0, False, side=SIDE, steps=STEPS, transformer_steps=STEPS)
+    teachers = [home / name / "model.pt" for name in TEACHERS]
+    build = ["build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble"]
     return [
-        ("teachers", [
-            "train_teacher.py", "--data-dir", home / "data", "--view-size", SIDE, "--model",
-            *TEACHERS, "--weights", *files, "--epochs", EPOCHS, "--output", home, *rest,
-        ]),
-        ("ensemble", [
-            "build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble", *rest,
-        ]),
+        teach(task, home / "data", home, weights, seed),
+        ("ensemble", [*build, "--seed", seed, "--overwrite"]),
     ]
 
 
@@ -68,11 +63,11 @@ def names_in(folder):
     return {path.name for path in folder.glob("*/*")}
 
 
-def report(what, found, swapped):
-    """Print how many of the swapped labels are among the found ones; sets of file names."""
-    hits = len(found & swapped)
+def report(what, named, swapped):
+    """Print how many of the swapped labels are among the named ones; sets of file names."""
+    hits = len(named & swapped)
     print(
-        f"  {what}: {len(found)} named, {hits} of them swapped, "
+        f"  {what}: {len(named)} named, {hits} of them swapped, "
         f"of {len(swapped)} swapped {100 * hits / len(swapped):.0f} % found", flush=True,
     )
 
@@ -83,26 +78,26 @@ def measure(args, seed):
     all_swapped = lay_out(args.data, args.per_class, home, seed)
     run_stages(stages(home, args.weights, seed), home)
 
-    record = load_ensemble(home / "ensemble")
+    spec = load_ensemble(home / "ensemble")
     swapped = {}
     print(f"\nseed {seed}")
-    for split, found in record["doubtful"].items():
+    for split, errors in spec["label_errors"].items():
         names = names_in(home / "data" / split)
         swapped[split] = all_swapped & names
         title = f"ours, {split} ({len(names)} pictures)"
-        report(title, {Path(doubt["picture"]).name for doubt in found}, swapped[split])
+        report(title, {Path(error["picture"]).name for error in errors}, swapped[split])
     if args.cleanlab:
-        measure_cleanlab(home, record, swapped)
+        measure_cleanlab(home, spec, swapped)
 
 
-def measure_cleanlab(home, record, swapped):
+def measure_cleanlab(home, spec, swapped):
     """cleanlab on the same pictures, from what the teachers say of them."""
     from cleanlab.filter import find_label_issues
 
-    networks = [models.load_model(home / name / "best.pt", CPU)[0] for name in TEACHERS]
-    train, val, data = splits.open_training(DecodedCache("runs/decoded"), record["data"])
-    cached = CachedLogits(home / "ensemble", record)
-    n, classes = len(train), len(data["classes"])
+    networks = [models.load_model(home / name / "model.pt", CPU)[0] for name in TEACHERS]
+    train, val, dataset = splits.open_training(DecodedCache(cli.CACHE), spec["dataset"])
+    cached = CachedLogits(home / "ensemble", spec)
+    n, classes = len(train), len(dataset["classes"])
 
     val_answers = [torch.softmax(models.predict(net, val, CPU), 1) for net in networks]
     train_answers = []
@@ -123,8 +118,8 @@ def measure_cleanlab(home, record, swapped):
         start = time.perf_counter()
         issues = find_label_issues(pictures.labels.numpy(), probabilities)
         seconds = time.perf_counter() - start
-        found = {Path(pictures.path(i)).name for i in np.flatnonzero(issues)}
-        report(f"cleanlab, {split}, {source}, {seconds:.2f} s", found, swapped[split])
+        named = {Path(pictures.path(i)).name for i in np.flatnonzero(issues)}
+        report(f"cleanlab, {split}, {source}, {seconds:.2f} s", named, swapped[split])
 
 
 def main():
@@ -133,7 +128,7 @@ def main():
     p.add_argument("--weights", type=Path, required=True,
                    help="folder with the teachers' weight files")
     p.add_argument("--per-class", type=cli.positive_int, default=40, help="training pictures")
-    p.add_argument("--seeds", type=cli.natural, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")
     p.add_argument("--output", default="runs/label_issues", help="folder for the runs")
     p.add_argument("--cleanlab", action="store_true", help="the package cleanlab as well")
     args = p.parse_args()

@@ -1,4 +1,4 @@
-"""Near copies: how many planted ones the audit finds, how often it is wrong, and what it costs.
+"""Near-duplicates: how many planted ones the audit finds, how often it is wrong, what it costs.
 
     python tests/benchmarks/near_duplicates.py --sets DIR [DIR ...]     # a minute a set
     python tests/benchmarks/near_duplicates.py --sets data/fasteners --side 64
@@ -8,8 +8,8 @@
 DIR is an ImageFolder with train/ and test/. Planted: up to 210 training pictures, a seventh each
 mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two thirds, cropped to 95 % at a
 random place, or mirrored, brightened, cropped and encoded together. All training pictures are the
-earlier set. The real test pictures show how often pictures that merely look alike are called copies
-(some do show the same part); those with the bytes of another picture are left out.
+earlier set. The real test pictures show how often pictures that merely look alike are called
+near-duplicates (some do show the same part); those with the pixels of another one are left out.
 """
 
 import io
@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from bench import machine, print_table
 from PIL import Image, ImageEnhance
 
-from common import cli, duplicates
-from common.errors import UserError
-from common.images import Decoded, read_picture, resize
-from common.listing import list_pictures
-from common.pictures import Pictures
+from common import cli
+from common.audit.near_duplicates import FINE, LIKENESS, ROUGH, exact_copies, near_duplicates
+from common.files import UserError
+from common.pictures import Decoded, Pictures, list_pictures, resize
+from infer import read_picture
 
 PLANTED = 210  # at most
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)  # of the likeness, beside the one in use
 
 
-# ------------------------------------------------------------------------------ planted copies
+# ------------------------------------------------------------------------ planted near-duplicates
 
 
 def mirror(image, rng):
@@ -117,7 +117,7 @@ def without_copies(train, test):
     """The test images that have not the pixels of an earlier one."""
     digests = [image.tobytes() for image in (*train, *test)]
     begin = np.repeat([0, len(train)], [len(train), len(test)])
-    copies = {i - len(train) for i, _ in duplicates.exact_copies(digests, begin)}
+    copies = {i - len(train) for i, _ in exact_copies(digests, begin)}
     return [image for i, image in enumerate(test) if i not in copies]
 
 
@@ -128,9 +128,9 @@ def search(earlier, later, lowest):
     """({later picture: (its match, likeness)}, seconds) of matches that are at least so like."""
     begin = np.repeat([0, len(earlier)], [len(earlier), len(later)])
     start = time.perf_counter()
-    found = duplicates.near_copies(earlier + later, begin, lowest)
+    pairs = near_duplicates(earlier + later, begin, lowest)
     seconds = time.perf_counter() - start
-    return {i - len(earlier): (j, likeness) for i, j, likeness in found}, seconds
+    return {i - len(earlier): (j, likeness) for i, j, likeness in pairs}, seconds
 
 
 def measure(folder, side, imagededup):
@@ -138,16 +138,16 @@ def measure(folder, side, imagededup):
     train, test = read(folder / "train"), read(folder / "test")
     originals, kinds, copies = plant(train, np.random.default_rng(0))
     fresh = without_copies(train, test)
-    in_use = duplicates.LIKENESS[duplicates.FINE if side >= duplicates.FINE else duplicates.ROUGH]
+    in_use = LIKENESS[FINE if side >= FINE else ROUGH]
     thresholds = sorted({*THRESHOLDS, in_use})
 
     earlier = as_pictures(train, side)
-    found, seconds = search(earlier, as_pictures(copies, side), thresholds[0])
+    planted, seconds = search(earlier, as_pictures(copies, side), thresholds[0])
     alike, its_seconds = search(earlier, as_pictures(fresh, side), thresholds[0])
 
     rows = []
     for threshold in thresholds:
-        matches = [found.get(k, (None, 0.0)) for k in range(len(copies))]
+        matches = [planted.get(k, (None, 0.0)) for k in range(len(copies))]
         hits = [i == j and likeness >= threshold for i, (j, likeness) in zip(originals, matches)]
         hits = np.array(hits)
         named = sum(likeness >= threshold for _, likeness in alike.values())
@@ -173,12 +173,11 @@ def measure_imagededup(train, originals, copies, fresh):
             for number, image in enumerate(images):
                 image.save(Path(home) / f"{letter}{number}.png")
         start = time.perf_counter()
-        found = PHash(verbose=False).find_duplicates(image_dir=home)
+        duplicates = PHash(verbose=False).find_duplicates(image_dir=home)
         seconds = time.perf_counter() - start
-    hits = [f"a{i}.png" in found[f"p{k}.png"] for k, i in enumerate(originals)]
-    named = []
-    for k in range(len(fresh)):
-        named.append(any(name.startswith("a") for name in found[f"t{k}.png"]))
+    hits = [f"a{i}.png" in duplicates[f"p{k}.png"] for k, i in enumerate(originals)]
+    matches = [duplicates[f"t{k}.png"] for k in range(len(fresh))]
+    named = [any(name.startswith("a") for name in of_one) for of_one in matches]
     print(
         f"\nimagededup PHash: {100 * np.mean(hits):.0f} % found, {100 * np.mean(named):.1f} % of "
         f"the test pictures named, {seconds:.1f} s with reading"
@@ -200,10 +199,10 @@ def measure_scale(n, side=64):
         pictures = in_memory(pixels)
         before = peak_memory()
         start = time.perf_counter()
-        found = duplicates.near_copies(pictures, np.repeat([0, n // 2], [n // 2, n - n // 2]))
+        pairs = near_duplicates(pictures, np.repeat([0, n // 2], [n // 2, n - n // 2]))
         seconds = time.perf_counter() - start
     more = peak_memory() - before
-    print(f"{n} pictures: {seconds:.1f} s, {more:.0f} MiB more memory, {len(found)} named")
+    print(f"{n} pictures: {seconds:.1f} s, {more:.0f} MiB more memory, {len(pairs)} named")
 
 
 def peak_memory():

@@ -11,8 +11,12 @@ import numpy as np
 from bench import print_table
 from PIL import Image
 
-from common import cli, shortcuts, synthetic
-from common.folders import EMBEDDED, data_folder
+from common import cli
+from common.audit.shortcuts import ridge
+from common.fasteners import CLASSES
+from common.fasteners.dataset import SEED
+from common.fasteners.drawing import draw
+from common.splits import EMBEDDED, data_folder
 
 TESTS = ("test", "test_shifted")
 SPLIT = 99  # of the pictures drawn here: none of the embedded set's
@@ -27,18 +31,16 @@ def thumbnails(pictures, side):
 def open_split(folder):
     """(PIL images, labels int [N]) of a folder with a folder per class."""
     files = sorted(folder.glob("*/*.jpg"))
-    labels = [synthetic.CLASSES.index(file.parent.name) for file in files]
+    labels = [CLASSES.index(file.parent.name) for file in files]
     return [Image.open(file).convert("RGB") for file in files], np.array(labels)
 
 
 def draw_pictures(count):
     """The same of pictures that are drawn here, the classes in turn."""
-    labels = np.arange(count) % len(synthetic.CLASSES)
-    pictures = []
-    for number, label in enumerate(labels):
-        key = (synthetic.SEED, SPLIT, number)
-        pictures.append(Image.fromarray(synthetic.draw(synthetic.CLASSES[label], key)))
-    return pictures, labels
+    labels = np.arange(count) % len(CLASSES)
+    names = [CLASSES[label] for label in labels]
+    drawn = [draw(name, (SEED, SPLIT, number)) for number, name in enumerate(names)]
+    return [Image.fromarray(picture) for picture in drawn], labels
 
 
 def main():
@@ -52,7 +54,7 @@ def main():
     for side, name in ((8, "8x8 thumbnail"), (1, "mean colour")):
         others = [thumbnails(pictures, side) for pictures, _ in tests]
         for pictures, labels in (train, drawn):
-            answers = shortcuts.ridge(thumbnails(pictures, side), labels, others)
+            answers = ridge(thumbnails(pictures, side), labels, others)
             row = [name, f"{len(labels)}"]
             for answer, (_, truth) in zip(answers, tests):
                 row.append(f"{100 * (answer.argmax(1) == truth).mean():.1f}")

@@ -14,10 +14,9 @@ from heatmaps import overlay
 from PIL import Image, ImageDraw, ImageFont
 
 from common import cli
-from common.errors import UserError
-from common.folders import EMBEDDED, data_folder, test_folders
-from common.splits import class_folders
-from infer import Judge, explain, load_student, read_picture, resize
+from common.files import UserError
+from common.splits import EMBEDDED, class_folders, data_folder, test_folders
+from infer import Judge, load_student, occlusion_map, read_picture, resize
 
 SIDE, GAP, MARGIN = 160, 12, 8  # px of a picture, between columns, around all
 LINE, LINES, BELOW = 17, 3, 14  # px of a line of text; lines under a picture; px below them
@@ -44,7 +43,7 @@ def tile(judge, file, font):
     picture = read_picture(file)
     verdict = judge(file, picture)
     decision, true = verdict["decision"], file.parent.name
-    evidence = explain(judge.student, resize(picture, judge.side), judge.good)
+    evidence = occlusion_map(judge.student, resize(picture, judge.side), judge.good)
     if decision == "PASS":
         evidence = np.zeros_like(evidence)
 
@@ -75,7 +74,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("model", help="an exported student of the embedded set")
     p.add_argument("--output", type=Path, default=Path("strip.jpg"), help="picture to write")
-    p.add_argument("--seed", type=cli.natural, default=0, help="decides which pictures are shown")
+    p.add_argument("--seed", type=cli.seed, default=0, help="decides which pictures are shown")
     args = p.parse_args()
 
     student, metadata = load_student(args.model)

@@ -6,8 +6,8 @@
 
 The loader alone: rows of a memory map (of noise, in the page cache after the first turn), read one
 batch ahead, rendered as views. Training: the loop of distill.py with --alpha 0, views included,
-with the network in channels_last and in contiguous layout. Every setting has its turn in each
-round; the medians of the rounds are printed.
+with the network in channels_last and in contiguous layout, but without validations. Every setting
+has its turn in each round; the medians of the rounds are printed.
 """
 
 import statistics
@@ -18,51 +18,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import machine, print_table
-from epoch_cost import CLASSES, random_pictures
+from epoch_cost import CLASSES, random_pictures, wait
+from timm.optim import param_groups_weight_decay
 
 from common import cli, training
 from common.losses import labelled_cross_entropy
-from common.models import autocast, create_student, parameter_groups, precision
-from common.views import ViewRecipe, batch_plan, render
+from common.models import autocast, create_student, precision
+from common.views import ViewRecipe, render
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 COUNT = 960  # pictures
 
 
-def wait(device):
-    """Let a GPU finish what it was asked to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def pictures_a_second(pictures, layout, batch_size, steps, device):
+    """Read, render and train a ResNet18 in this memory layout, or without one do not train.
 
-
-def views_per_second(pictures, batch_size, steps, device):
-    """Read and render; the first step does not count."""
-    plan = batch_plan(len(pictures), batch_size, 0, 0, 1 + steps)
-    for number, (indices, passes, batch) in enumerate(pictures.ahead(plan, device)):
+    The first step does not count.
+    """
+    model = create_student(CLASSES, pictures.view_size)
+    model.to(device, memory_format=LAYOUTS[layout or "channels_last"])
+    schedule = training.Schedule(1 + steps, lr=1e-3, clip_grad=1.0, seed=0)
+    groups = param_groups_weight_decay(model.backbone, 0.05)
+    run = training.Run(model, groups, schedule, Path("throughput"), {})
+    for number, (indices, views, batch) in enumerate(run.batches(pictures, batch_size)):
         if number == 1:
             wait(device)
             start = time.perf_counter()
-        render(batch, indices, 1 + passes, 0, ViewRecipe())
-    wait(device)
-    return steps * batch_size / (time.perf_counter() - start)
-
-
-def pictures_per_second(pictures, layout, batch_size, steps, device):
-    """Train a ResNet18 from scratch in this memory format; the first step does not count."""
-    model = create_student(CLASSES, pictures.side).to(device, memory_format=layout)
-    schedule = training.Schedule(1, 1 + steps, 1e-3, 0.998, 1.0, seed=0)
-    run = training.Run(model, parameter_groups(model, 0.05), schedule, "throughput", {})
-    for _ in run.epochs():
-        plan = run.batches(len(pictures), batch_size)
-        for number, (indices, passes, batch) in enumerate(pictures.ahead(plan, device)):
-            if number == 1:
-                wait(device)
-                start = time.perf_counter()
-            pixels = render(batch, indices, 1 + passes, 0, ViewRecipe())
-            pixels = pixels.contiguous(memory_format=layout)
+        pixels = render(batch, indices, views, 0, ViewRecipe())
+        if layout:
+            pixels = pixels.contiguous(memory_format=LAYOUTS[layout])
             with autocast(device):
                 logits = run.network(pixels)
-            labels = pictures.labels[indices].to(device)
+            labels = pictures.labels[indices].to(device, non_blocking=True)
             run.step(labelled_cross_entropy(logits.float(), labels))
     wait(device)
     return steps * batch_size / (time.perf_counter() - start)
@@ -89,24 +76,21 @@ def main():
             folder.mkdir()
             pictures[side] = random_pictures(folder, COUNT, side, rng)
 
-        settings = {}
-        for side in args.sides:
-            for size in args.batch_sizes:
-                name = ("loader alone, views", f"{side}", f"{size}", "")
-                settings[name] = views_per_second, (pictures[side], size)
-        for size in args.batch_sizes:
-            for layout, memory_format in LAYOUTS.items():
-                name = ("training, pictures", f"{args.sides[0]}", f"{size}", layout)
-                first = pictures[args.sides[0]]
-                settings[name] = pictures_per_second, (first, memory_format, size)
-        rates = {name: [] for name in settings}
+        first = args.sides[0]
+        settings = [(side, size, "") for side in args.sides for size in args.batch_sizes]
+        settings += [(first, size, layout) for size in args.batch_sizes for layout in LAYOUTS]
+        rates = {setting: [] for setting in settings}
         for _ in range(args.turns):
-            for name, (measure, what) in settings.items():
-                rates[name].append(measure(*what, args.steps, device))
+            for side, size, layout in settings:
+                rate = pictures_a_second(pictures[side], layout, size, args.steps, device)
+                rates[side, size, layout].append(rate)
 
     dtype = str(precision(device) or torch.float32).removeprefix("torch.")
     print(f"{machine()}, {args.device}, training in {dtype}")
-    rows = [[*name, f"{statistics.median(values):.0f}"] for name, values in rates.items()]
+    rows = []
+    for (side, size, layout), values in rates.items():
+        what = "training, pictures" if layout else "loader alone, views"
+        rows.append([what, f"{side}", f"{size}", layout, f"{statistics.median(values):.0f}"])
     print_table(["", "side, px", "batch", "layout", "a second"], rows)
 
 
