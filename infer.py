@@ -1,8 +1,7 @@
 """Judge pictures with the exported student: this file and that one are all a device needs.
 
     python infer.py --model runs/student/student.ts picture.jpg folder_of_pictures 'shots/*.png'
-    python infer.py --watch /mnt/camera --json           # what a camera drops there, each once
-    python infer.py --heatmap overlays shots/            # red: what speaks for a defect
+    python infer.py --watch /mnt/camera --json --heatmap overlays
 
 Needs numpy, Pillow and torch, or for an .onnx file onnxruntime in its place; --watch filelock, too.
 Prints a line per picture: path, class, probability, and PASS, REJECT or REVIEW where the file holds
@@ -99,17 +98,20 @@ def list_pictures(names):
     for name in names:
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         files = list(filter(os.path.isfile, matches))  # no pipe, which never ends
-        folders = [] if files else filter(os.path.isdir, matches)
         if not matches:
             raise Refused(f"{name}: no such file or folder")
         yield from map(Path, files)
-        for folder in folders:
+        for folder in filter(os.path.isdir, [] if files else matches):
             yield from sorted(pictures_below(folder))
+
+
+def give_up(error):
+    raise error
 
 
 def pictures_below(folder):
     """Paths of the pictures below a folder, links followed unless they lead in a circle."""
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=give_up, followlinks=True):
         yield from filter(key_of, (Path(here, name) for name in files))
         above = {path.resolve() for path in (Path(here), *Path(here).parents)}
         folders[:] = [f for f in folders if f[0] != "." and Path(here, f).resolve() not in above]
@@ -226,8 +228,8 @@ def load_onnx(data, threads):
 
     def student(pictures):
         pictures = pictures.reshape(-1, *pictures.shape[-3:])
-        frames = np.stack([resize(picture, metadata["view_size"]) for picture in pictures])
-        return session.run(None, {"pictures": frames})[0]
+        frames = [resize(picture, metadata["view_size"]) for picture in pictures]
+        return session.run(None, {"pictures": np.stack(frames)})[0]
     runtime = f"onnxruntime {onnxruntime.__version__}, {threads or 'default'} threads"
     return student, {**metadata, "runtime": runtime}
 
@@ -242,13 +244,11 @@ def occlusion_map(student, frame, good):
     size, places, radius = len(frame), 8, 0.3  # the radius as a share of half the side
     small = Image.fromarray(frame).resize((4, 4), Image.Resampling.BOX)
     blurred = np.asarray(small.resize((size, size), Image.Resampling.BILINEAR), np.float32)
-    # Every cover is the product of a row's and a column's bell curve: [64, S, S, 1].
     pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
     near = np.exp(-(((pixel - place[:, None]) / radius) ** 2))
-    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, size, size, 1)
-    answers = [student(frame[None])]
-    for part in np.split(covers, 4):  # 16 at once
-        answers.append(student(np.rint(frame + part * (blurred - frame)).astype(np.uint8)))
+    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, size, size, 1)  # bells
+    covered = [np.rint(frame + part * (blurred - frame)) for part in np.split(covers, 4)]
+    answers = [student(frames.astype(np.uint8)) for frames in (frame[None], *covered)]
     log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))
     defect = max(set(range(log_p.shape[1])) - {good}, key=lambda number: log_p[0, number])
     lead = log_p[:, defect] - (0 if good is None else log_p[:, good])
@@ -408,13 +408,13 @@ def run():
     report = partial(show, as_json=args.json, as_csv=args.csv)
     if args.info:
         print(json.dumps(metadata, indent=1))
-        return 0
     if args.benchmark:
         frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
         seconds = repeat(lambda: judge(Path("frame"), frame), number=1, repeat=500)
         p50, p95, p99 = 1e3 * np.percentile(seconds[10:], (50, 95, 99))  # the first ones warm up
         print(f"{metadata['runtime']}, 640 x 480 frame to decision: p50 {p50:.2f} ms, "
               f"p95 {p95:.2f} ms, p99 {p99:.2f} ms (n = 490)")
+    if args.info or args.benchmark:
         return 0
     if args.csv:
         print(*FIELDS, sep=",")

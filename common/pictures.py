@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import files
 from common.files import UserError
 from common.losses import UNLABELLED
-from infer import EXTENSIONS, FORMATS, is_deep, read_picture
+from infer import EXTENSIONS, FORMATS, give_up, is_deep, read_picture
 
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
 VERSION = 5  # raise it when decoding or resizing changes
@@ -48,7 +48,7 @@ def list_pictures(folder):
         raise UserError(f"{folder}: no such folder")
     inside = folder.resolve()
     paths, outside = [], []
-    for home, folders, names in os.walk(folder, followlinks=True):
+    for home, folders, names in os.walk(folder, onerror=give_up, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         pictures = [Path(home, name) for name in names if is_picture(name)]
         paths += [path.relative_to(folder).parts for path in pictures if path.is_file()]

@@ -168,3 +168,26 @@ def test_links_in_a_circle_and_links_to_nothing_are_refused(tmp_path):
     (train / "level" / "lost.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(UserError, match="lost.png: a link to nothing"):
         list_pictures(train)
+
+
+def test_a_folder_that_may_not_be_read_is_never_left_out_in_silence(tmp_path, monkeypatch):
+    train, scan = make_set(tmp_path / "parts", {"train": 2}) / "train", os.scandir
+
+    def forbid(folder):
+        if str(folder).endswith("level"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read everything
+    for read in (list_pictures, lambda folder: list(infer.list_pictures([str(folder)]))):
+        with pytest.raises(PermissionError):
+            read(train)
+
+
+def test_hidden_pictures_are_left_out_on_a_device_as_in_training(tmp_path):
+    for name in ("b/a.png", "a/.hidden.png", ".thumbs/a.png", "b.png", "a/.git/x/a.png", "a/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b")
+    paths = [path.relative_to(tmp_path).as_posix() for path in infer.list_pictures([str(tmp_path)])]
+    assert paths == list_pictures(tmp_path) == ["a/link/a.png", "b/a.png", "b.png"]

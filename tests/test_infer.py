@@ -400,6 +400,12 @@ def test_a_second_watcher_is_refused_in_one_line(edge, shots):
     stop(third)
 
 
+def test_watch_without_filelock_says_what_to_install(edge, shots, monkeypatch, infer_here):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    run = infer_here("--model", edge / "student.ts", "--watch", shots)
+    assert in_one_line(run) == "error: --watch needs filelock; pip install filelock\n"
+
+
 def test_a_picture_counts_as_judged_when_its_heatmap_is_drawn(edge, shots, tmp_path):
     (tmp_path / "maps").write_text("a file where the folder should be")
     words = ("--heatmap", str(tmp_path / "maps"), "--review-band", "0", "1")
