@@ -120,12 +120,12 @@ def distil(output, onnx, args):
     with distributed.first_then_others():
         model, groups = create(dataset, args)
     model.to(device, memory_format=torch.channels_last)
-    balanced = class_weights(labelled.labels, len(dataset["classes"])).to(device)
-    weights = balanced if args.balance_classes else None
+    weights = None
+    if args.balance_classes:
+        weights = class_weights(labelled.labels, len(dataset["classes"])).to(device)
 
     # The run.
-    embedded = splits.is_embedded(dataset["dir"])
-    steps = args.steps or (EMBEDDED_STEPS if embedded else STEPS)
+    steps = args.steps or (EMBEDDED_STEPS if splits.is_embedded(dataset["dir"]) else STEPS)
     schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
     run = training.Run(model, groups, schedule, output, {
         "kind": "student",

@@ -245,8 +245,8 @@ def occlusion_map(student, frame, good):
     small = Image.fromarray(frame).resize((4, 4), Image.Resampling.BOX)
     blurred = np.asarray(small.resize((size, size), Image.Resampling.BILINEAR), np.float32)
     pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
-    near = np.exp(-(((pixel - place[:, None]) / radius) ** 2))
-    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, size, size, 1)  # bells
+    near = np.exp(-(((pixel - place[:, None]) / radius) ** 2))  # bell curves, one per place
+    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, size, size, 1)
     covered = [np.rint(frame + part * (blurred - frame)) for part in np.split(covers, 4)]
     answers = [student(frames.astype(np.uint8)) for frames in (frame[None], *covered)]
     log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))

@@ -77,6 +77,7 @@ def identity(spec):
         **{name: spec.get(name) for name in kept},
         **{f"dataset {name}": value for name, value in dataset.items() if name != "dir"},
         "unlabelled": pool.get("fingerprint"),
+        "unlabelled dropped": pool.get("dropped"),
         "teachers": [teacher["weights_sha256"] for teacher in spec.get("teachers") or []],
     }
 

@@ -88,7 +88,7 @@ def wilson(k, n):
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def difference(rights_a, rights_b, seed=0):
+def difference(rights_a, rights_b):
     """Paired difference of mean accuracy over test sets, a - b, as plain data.
 
     rights_a, rights_b: one bool [N_set] per test set. `interval` is the 95 % percentile bootstrap,
@@ -97,10 +97,9 @@ def difference(rights_a, rights_b, seed=0):
     is `sign_test` of them.
     """
     differences, samples, total = [], [], np.zeros(3, int)
-    for number, (a, b) in enumerate(zip(rights_a, rights_b)):
+    for seed, (a, b) in enumerate(zip(rights_a, rights_b)):
         counts = np.array([(b & ~a).sum(), (a == b).sum(), (a & ~b).sum()])
-        rng = np.random.default_rng(seed + number)
-        drawn = rng.multinomial(len(a), counts / len(a), RESAMPLES)
+        drawn = np.random.default_rng(seed).multinomial(len(a), counts / len(a), RESAMPLES)
         samples.append((drawn[:, 2] - drawn[:, 0]) / len(a))
         differences.append((counts[2] - counts[0]) / len(a))
         total += counts

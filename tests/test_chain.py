@@ -271,13 +271,19 @@ def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
         assert (killed / name).stat().st_mtime_ns == then
 
 
-def test_check_recomputes_stored_logits_and_refuses_wrong_ones(inside, tmp_path, capfd):
-    shutil.copytree("runs/ensemble", tmp_path / "e")
-    words = ("--check", 60, "--output", tmp_path / "e", *CPU)
+@pytest.mark.parametrize("dtype, wrong", [("usual", 1.0), ("float32", 0.1)])
+def test_check_recomputes_stored_logits_and_refuses_wrong_ones(
+    inside, tmp_path, capfd, monkeypatch, dtype, wrong
+):
+    """A wrong logit is told from rounding by the type that is computed in, be it bfloat16."""
+    if dtype == "float32":
+        monkeypatch.setattr(models, "precision", lambda device: None)
+    assert call(build_ensemble.main, "--views", 3, "--output", tmp_path / "e", *CPU) == 0
+    words = ("--check", 60, "-b", 7, "--output", tmp_path / "e", *CPU)
     assert call(build_ensemble.main, *words) == 0
     assert "60 stored picture-views recomputed" in capfd.readouterr().out
     for view in range(4):
-        logits = np.load(view_file(tmp_path / "e", view)) + np.float32(1.0)
+        logits = np.load(view_file(tmp_path / "e", view)) + np.float32(wrong)
         write_view(tmp_path / "e", view, logits)
     assert call(build_ensemble.main, *words) == 2
     assert "differ from the teachers'" in capfd.readouterr().err

@@ -232,6 +232,30 @@ def test_files_of_onnx_are_written_again_with_the_others_and_stay_after_an_error
         assert export.load_exported(folder / name)[1]["operating_point"]["target"] == 0.3
 
 
+@pytest.mark.parametrize("name", ["student.onnx", "student.int8.onnx"])
+def test_a_file_that_answers_otherwise_than_its_network_is_not_written(
+    edge, tiny, tmp_path, monkeypatch, name
+):
+    monkeypatch.chdir(tiny.root)
+    shutil.copytree(edge, tmp_path / "s")
+    before = {each: (tmp_path / "s" / each).read_bytes() for each in EXPORTED}
+    right = export_onnx.Graph.save
+
+    def save(graph, metadata, path):
+        wrong = {**metadata, "temperature": 2 * metadata["temperature"]}
+        right(graph, wrong if path.name == name else metadata, path)
+        if path.name == name:  # the file says the right temperature and answers with another
+            monkeypatch.setattr(export, "load_exported", pretend(metadata))
+
+    def pretend(metadata, load=export.load_exported):
+        return lambda path: (load(path)[0], metadata)
+
+    monkeypatch.setattr(export_onnx.Graph, "save", save)
+    with pytest.raises(RuntimeError, match=f"{name}: its probabilities differ"):
+        call(distill.main, *AGAIN, "--output", tmp_path / "s")
+    assert {each: (tmp_path / "s" / each).read_bytes() for each in EXPORTED} == before
+
+
 def test_missing_packages_are_named_before_any_work(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny.root)
     monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if name == "onnx" else name)
