@@ -70,6 +70,8 @@ def parse_arguments():
                    "embedded set)")
     g.add_argument("--img-size", type=cli.picture_size,
                    help="side in px the models see, raised to whole patches (default: view size)")
+    g.add_argument("--pooling", metavar="NAME",
+                   help="timm's global_pool of the models, as avg or avgmax (default: its own)")
     g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
                    help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
     g.add_argument("--val-fraction", type=cli.open_fraction, default=0.2,
@@ -216,6 +218,7 @@ def create(number, dataset, args):
         args.img_size or dataset["view_size"],
         args.pretrained,
         args.weights[number] if args.weights else None,
+        args.pooling,
     )
     if not (args.pretrained or args.weights):
         return model, parameter_groups(model, args.weight_decay)

@@ -1,0 +1,217 @@
+"""What helps small defects: sizes, poolings, turning and balancing, on development pictures.
+
+    python tests/benchmarks/small_defects.py --data DIR --weights DIR --student-weights FILE
+    python tests/benchmarks/small_defects.py --data DIR --weights DIR --student-weights FILE \\
+        --sets ballscrew --seeds 0 --networks student --rows "size 1x" "size 4x"
+    python tests/benchmarks/small_defects.py --table                   # from the CSV alone
+
+Of the training pictures a third is the development set that is scored here, whole positions of the
+ball screw at a time, another third for every seed; the test split stays shut. A row at n times the
+pixels has an nth of the steps, so that all take the same time. The stand-alone ResNet18 and
+EfficientNet-Lite0 start from the given weights. A row that is in the CSV is not made again.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from bench import (
+    append_rows,
+    call,
+    half_width,
+    link,
+    print_table,
+    read_rows,
+    select,
+    this_commit,
+    with_interval,
+    with_std,
+)
+
+from common import cli
+
+CNN = "tf_efficientnet_lite0"
+STEPS = {"student": 600, "cnn": 400}  # at the default size: as long, on one core
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set: sizes by the multiple of the default's pixels, flags of every row, name of a part."""
+
+    sizes: dict
+    flags: tuple
+    part: str = "(.*)"
+
+
+TASKS = {
+    "ballscrew": Task(
+        {"square": "128", "1x": "80x208", "2x": "112x288", "4x": "160x416"},
+        (), r"(\d{6}_\d{3})-",
+    ),
+    "mvtec_screw": Task(
+        {"1x": "128", "2x": "176", "4x": "256"},
+        ("--view-recipe", "rotate=180", "--balance-classes"),
+    ),
+}
+# flags of both scripts; those of a row follow the set's, and a later one wins
+ROWS = {
+    "size 1x": ("1x", ()),
+    "size 2x": ("2x", ()),
+    "size 4x": ("4x", ()),
+    "a square of 1x": ("square", ()),
+    "(mean + max) / 2": ("2x", ("--pooling", "meanmax")),
+    "generalised mean": ("2x", ("--pooling", "gem")),
+    "turned by up to 180 degrees": ("2x", ("--view-recipe", "rotate=180")),
+    "turned by up to 12 degrees": ("2x", ("--view-recipe", "rotate=12")),
+    "--balance-classes": ("2x", ("--balance-classes",)),
+    "classes sampled evenly": ("2x", ("evenly",)),
+}
+TIMES = {"square": 1, "1x": 1, "2x": 2, "4x": 4}
+TIMM = {"meanmax": "avgmax"}
+FIELDS = (
+    "set", "seed", "network", "row", "view_size", "n", "accuracy", "balanced_accuracy", "nll",
+    "steps", "seconds", "code",
+)
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def development_folder(name, seed, evenly, args):
+    """train/ and val/ of a seed, val/ being a third of the training pictures, by parts.
+
+    evenly: pictures of rare classes stand in train/ several times, so that all classes come up
+    equally often.
+    """
+    folder = Path(args.output) / name / f"seed_{seed}" / ("evenly" if evenly else "pictures")
+    if (folder / "done").is_file():
+        return folder
+    classes = sorted((Path(args.data) / name / "train").iterdir())
+    files = {home.name: sorted(home.iterdir()) for home in classes}
+    rng = np.random.default_rng(seed)
+    if TASKS[name].part == "(.*)":
+        held = {file for each in files.values() for file in rng.permutation(each)[::3]}
+    else:
+        everything = [file for each in files.values() for file in each]
+        part_of = {file: re.search(TASKS[name].part, file.name)[1] for file in everything}
+        parts = set(rng.permutation(sorted(set(part_of.values())))[::3])
+        held = {file for file, part in part_of.items() if part in parts}
+    most = max(len([f for f in each if f not in held]) for each in files.values())
+    for label, each in files.items():
+        kept = [file for file in each if file not in held]
+        for file in held.intersection(each):
+            link(file, folder / "val" / label / file.name)
+        for number in range(most if evenly else len(kept)):
+            file = kept[number % len(kept)]
+            link(file, folder / "train" / label / f"{number // len(kept)}_{file.name}")
+    (folder / "done").touch()
+    return folder
+
+
+# ------------------------------------------------------------------------------------- running
+
+
+def run(name, seed, network, row, args):
+    """Train one network and append its row."""
+    task, (times, flags) = TASKS[name], ROWS[row]
+    evenly, size = "evenly" in flags, task.sizes[times]
+    flags = [*task.flags, *(flag for flag in flags if flag != "evenly")]
+    if evenly and "--balance-classes" in flags:
+        flags.remove("--balance-classes")
+    pictures = development_folder(name, seed, evenly, args)
+    home = Path(args.output) / name / f"seed_{seed}" / re.sub(r"\W+", "_", f"{network} {row}")
+    steps = round(STEPS[network] / TIMES[times])
+    rest = ["--seed", seed, "--overwrite"]
+    teach = ["train_teacher.py", "--data-dir", pictures, "--view-size", size, *rest]
+    recipe = [word for k, word in enumerate(flags) if "--view-recipe" in flags[max(0, k - 1):k + 1]]
+    others = [word for word in flags if word not in recipe]
+    if network == "cnn":
+        others = [TIMM.get(word, word) for word in others]
+        weights = Path(args.weights) / f"{CNN}.safetensors"
+        call(*teach, "--model", CNN, "--weights", weights, "--steps", steps, "--output", home,
+             *recipe, *others)
+        log = home / CNN / "log.csv"
+    else:  # an ensemble says which pictures and views; what its teacher knows is not used
+        call(*teach, "--model", "test_resnet", "--steps", 1, "--output", home, *recipe)
+        call("build_ensemble.py", home / "test_resnet" / "model.pt", "--views", 1, "--unlabelled",
+             "none", "--output", home / "ensemble", *rest)
+        call("distill.py", home / "ensemble", "--alpha", 0, "--weights", args.student_weights,
+             "--steps", steps, "--output", home / "student", *others, *rest)
+        log = home / "student" / "log.csv"
+    last = read_rows(log)[-1]
+    n = sum(1 for file in (pictures / "val").rglob("*.*") if file.is_file())
+    scores = [last[f"val_{key}"] for key in ("accuracy", "balanced_accuracy", "nll")]
+    rounded = [round(float(value), 5) for value in scores]
+    found = [name, seed, network, row, size, n, *rounded, last["steps"], last["seconds"]]
+    append_rows(args.csv, FIELDS, [[*found, this_commit()]])
+
+
+def wanted_rows(name):
+    """The rows that make sense for a set: what it has as its default is not measured twice."""
+    skipped = {"turned by up to 180 degrees", "--balance-classes"} if TASKS[name].flags else {
+        "turned by up to 12 degrees"}
+    return [row for row, (size, _) in ROWS.items()
+            if row not in skipped and size in TASKS[name].sizes]
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def print_results(rows):
+    """A table per network: balanced accuracy of every row, and its difference to size 2x."""
+    for network in STEPS:
+        of_network = select(rows, network=network)
+        sets = [name for name in TASKS if select(of_network, set=name)]
+        if not sets:
+            continue
+        print(f"\n{network}\n")
+        lines = []
+        for row in ROWS:
+            cells = []
+            for name in sets:
+                values = by_seed(of_network, name, row)
+                base = by_seed(of_network, name, "size 2x")
+                shared = sorted(set(values) & set(base))
+                cells.append(with_std([values[s] for s in values]) if values else "")
+                gains = [values[s] - base[s] for s in shared]
+                enough = len(gains) > 1 and row != "size 2x"
+                cells.append(with_interval(np.mean(gains), half_width(gains)) if enough else "")
+            if any(cells):
+                lines.append([row, *cells])
+        head = [text for name in sets for text in (name, "minus size 2x")]
+        print_table(["balanced accuracy, %", *head], lines)
+
+
+def by_seed(rows, name, row):
+    """{seed: balanced accuracy in %} of one row of a set."""
+    chosen = select(rows, set=name, row=row)
+    return {each["seed"]: 100 * float(each["balanced_accuracy"]) for each in chosen}
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--data", help="folder with the image sets")
+    p.add_argument("--weights", help="folder with the CNN's weights")
+    p.add_argument("--student-weights", help="the ResNet18's start")
+    p.add_argument("--sets", nargs="+", choices=TASKS, default=list(TASKS))
+    p.add_argument("--networks", nargs="+", choices=STEPS, default=list(STEPS))
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    p.add_argument("--output", default="runs/small_defects", help="working folder")
+    p.add_argument("--csv", default="tests/benchmarks/small_defects.csv")
+    p.add_argument("--table", action="store_true", help="print the CSV's rows as tables")
+    args = p.parse_args()
+    if not args.table:
+        for seed in args.seeds:
+            for name in args.sets:
+                for network in args.networks:
+                    for row in wanted_rows(name):
+                        wanted = dict(set=name, seed=str(seed), network=network, row=row)
+                        if row in args.rows and not select(read_rows(args.csv), **wanted):
+                            run(name, seed, network, row, args)
+    print_results(read_rows(args.csv))
+
+
+if __name__ == "__main__":
+    main()
