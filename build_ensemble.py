@@ -29,7 +29,7 @@ from common.ensemble import (
     start_build,
     write_view,
 )
-from common.files import UserError, require_same, save_json, versions
+from common.files import UserError, px, require_same, save_json, versions
 from common.losses import fit_temperature, fit_weights, product_of_experts
 from common.metrics import score
 from common.views import ViewRecipe, render
@@ -178,7 +178,7 @@ def load_teachers(paths, device):
             f"{path} against {paths[0]}",
             "an ensemble needs teachers trained on the same pictures and split",
         )
-        print(f"teacher {path}: {state['model']} at {state['img_size']} px")
+        print(f"teacher {path}: {state['model']} at {px(state['img_size'])}")
     return teachers, states
 
 
@@ -288,7 +288,7 @@ def store_views(missing, teachers, pictures, recipe, spec, args):
 
 @torch.inference_mode()
 def teacher_logits(teachers, pixels):
-    """float32 array [teachers, B, classes] for pixels [B, 3, S, S]: one rendering, all teachers."""
+    """float32 array [teachers, B, classes] for pixels [B, 3, H, W]: one rendering, all teachers."""
     with models.autocast(pixels.device):
         logits = [teacher(pixels).float() for teacher in teachers]
     return torch.stack(logits).cpu().numpy()

@@ -28,7 +28,7 @@ from timm.optim import param_groups_weight_decay
 
 from common import cli, distributed, export, export_onnx, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
-from common.files import UserError, file_sha256
+from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates
 from common.views import ViewRecipe, render
@@ -67,7 +67,7 @@ def parse_arguments():
     g.add_argument("--unlabelled", metavar="DIR",
                    help="the unlabelled pictures' folder (default: likewise)")
     g.add_argument("--img-size", type=cli.picture_size,
-                   help="side in px the student sees (default: the view size)")
+                   help="px the student sees, N or HxW (default: the view size)")
     g.add_argument("--pooling", choices=["mean", "meanmax", "gem"], default="mean",
                    help="of the features before the head (default: %(default)s)")
     cli.add_training_flags(p)
@@ -140,7 +140,8 @@ def distil(output, onnx, args):
         "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
     })
     run.start(args.resume)
-    print(f"resnet18 at {model.img_size} px: {lesson(labelled, everything, cache, args)}, {run}")
+    taught = lesson(labelled, everything, cache, args)
+    print(f"resnet18 at {px(model.img_size)}: {taught}, {run}")
 
     alpha, T = args.alpha, args.temperature
     stored_views = cache.views if cache else None

@@ -148,7 +148,7 @@ class Model:
     @property
     def reading(self):
         """How it wants pictures to be read: (view size, white level)."""
-        return self.dataset["view_size"], self.dataset["white_level"]
+        return tuple(self.dataset["view_size"]), self.dataset["white_level"]
 
 
 def find_models():
@@ -270,8 +270,8 @@ def run_file(file, model, sets, device, batch_size):
 
 @torch.inference_mode()
 def latency(network, view_size, device, times=25, warm_up=5):
-    """Median milliseconds for one picture of view_size px, in the device's precision."""
-    pixels, seconds = torch.zeros(1, 3, view_size, view_size, device=device), []
+    """Median milliseconds for one picture of view_size, [H, W], in the device's precision."""
+    pixels, seconds = torch.zeros(1, 3, *view_size, device=device), []
     with models.autocast(device):
         for _ in range(times):
             start = time.perf_counter()

@@ -33,7 +33,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a fil
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
 LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 BAND, BLOCK = 128, 4  # rows that are converted at a time, and that `resize` makes at a time
-SCHEMA = 5  # of the exported file, as in common/export.py
+SCHEMA = 6  # of the exported file, as in common/export.py
 CHECKSUMS = {".ts": 95, ".onnx": 89}  # bytes at a file's end with the sha256 of all before them
 ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM has the last two
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
@@ -126,31 +126,31 @@ def key_of(file):
 
 
 def resize(picture, view_size):
-    """uint8 [H, W, 3] -> uint8 [S, S, 3], S the view size; bytes as of torch, never cropped."""
+    """uint8 [H, W, 3] -> uint8 [*view_size, 3]; bytes as of torch, squeezed, never cropped."""
     height, width, _ = picture.shape
-    if height == width == view_size:
+    if [height, width] == list(view_size):
         return picture
     rows = picture.reshape(height, -1)  # 0.5 is added below so that halves go up
-    across = [(rows[:, a:b] @ m.T + 0.5).astype("u1") for m, a, b in mixing(width, view_size, 3)]
+    across = [(rows[:, a:b] @ m.T + 0.5).astype("u1") for m, a, b in mixing(width, view_size[1], 3)]
     rows = np.concatenate(across, axis=1)
-    down = [(m @ rows[a:b] + 0.5).astype("u1") for m, a, b in mixing(height, view_size, 1)]
-    return np.concatenate(down).reshape(view_size, view_size, 3)
+    down = [(m @ rows[a:b] + 0.5).astype("u1") for m, a, b in mixing(height, view_size[0], 1)]
+    return np.concatenate(down).reshape(*view_size, 3)
 
 
 @lru_cache(maxsize=8)
-def mixing(size, view_size, channels):
+def mixing(size, small, channels):
     """[(matrix, a, b)] along one axis: matrix @ pixels[a:b] makes BLOCK of the pixels of `resize`.
 
     Means under a triangle as wide as two pixels of the smaller picture; as in torch, weights are
     fractions of 2**bits that fit in 15 bits, whose sums up to 16 bits are exact in float32.
     """
-    scale = size / view_size
-    centre = scale * (np.arange(view_size) + 0.5)[:, None]
+    scale = size / small
+    centre = scale * (np.arange(small) + 0.5)[:, None]
     weights = np.maximum(1 - np.abs(np.arange(size) + 0.5 - centre) / max(scale, 1), 0)
     weights /= weights.sum(1, keepdims=True)
     bits = min(22, int(np.log2((2**15 - 0.5) / weights.max())))
     weights = (np.floor(weights * 2**bits + 0.5) / 2**bits).astype("f4" if bits <= 16 else "f8")
-    blocks = np.split(weights, range(BLOCK, view_size, BLOCK))
+    blocks = np.split(weights, range(BLOCK, small, BLOCK))
     spans = [np.flatnonzero(block.any(0))[[0, -1]] + (0, 1) for block in blocks]
     eye = np.eye(channels, dtype=weights.dtype)
     return [(np.kron(block[:, a:b], eye), a * channels, b * channels)
@@ -175,7 +175,7 @@ def load_student(path, sha256=None, threads=None):
         student, metadata = load(data, threads)
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
-        frame = np.zeros((metadata["view_size"], metadata["view_size"], 3), np.uint8)
+        frame = np.zeros((*metadata["view_size"], 3), np.uint8)
         Judge(student, metadata)(Path(), frame)  # wrong types fail
         json.dumps(metadata, indent=1)  # as does what is nested too deep for --info
         return student, metadata
@@ -235,25 +235,34 @@ def load_onnx(data, threads):
 
 
 def occlusion_map(student, frame, good):
-    """float [8, 8] in 0..1: where a uint8 picture [S, S, 3] at the view size shows a defect.
+    """float [h, w] in 0..1: where a uint8 picture [H, W, 3] at the view size shows a defect.
 
     Each place in turn is blurred away, softly, and what that takes from log p(defect) - log p(good)
     counts (occlusion, Zeiler and Fergus 2014). The defect is the likeliest class that is not number
-    `good` (None for none); 2 nats count as 1. Costs 65 pictures through the student.
+    `good` (None for none); 2 nats count as 1. h * w is at most 64, 8 x 8 of a square. Costs a
+    picture through the student for each place, and one.
     """
-    size, places, radius = len(frame), 8, 0.3  # the radius as a share of half the side
-    small = Image.fromarray(frame).resize((4, 4), Image.Resampling.BOX)
-    blurred = np.asarray(small.resize((size, size), Image.Resampling.BILINEAR), np.float32)
-    pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
-    near = np.exp(-(((pixel - place[:, None]) / radius) ** 2))  # bell curves, one per place
-    covers = (near[:, None, :, None] * near[None, :, None, :]).reshape(-1, size, size, 1)
-    covered = [np.rint(frame + part * (blurred - frame)) for part in np.split(covers, 4)]
+    height, width, _ = frame.shape
+    rows = min(64, max(1, round(8 * (height / width) ** 0.5)))
+    places = rows, 64 // rows
+    coarse = [max(1, n // 2) for n in places[::-1]]
+    small = Image.fromarray(frame).resize(coarse, Image.Resampling.BOX)
+    blurred = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    near_y, near_x = map(bell_curves, (height, width), places)
+    covers = (near_y[:, None, :, None] * near_x[None, :, None, :]).reshape(-1, height, width, 1)
+    covered = [np.rint(frame + part * (blurred - frame)) for part in np.array_split(covers, 4)]
     answers = [student(frames.astype(np.uint8)) for frames in (frame[None], *covered)]
     log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))
     defect = max(set(range(log_p.shape[1])) - {good}, key=lambda number: log_p[0, number])
     lead = log_p[:, defect] - (0 if good is None else log_p[:, good])
-    weakened = np.fmax(lead[0] - lead[1:], 0).reshape(places, places)  # NaN counts as nothing
+    weakened = np.fmax(lead[0] - lead[1:], 0).reshape(places)  # NaN counts as nothing
     return weakened / max(weakened.max(), 2)
+
+
+def bell_curves(size, places):
+    """float32 [places, size]: along a side of `size` px one about each place, 1 at its centre."""
+    pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
+    return np.exp(-(((pixel - place[:, None]) / (2.4 / places)) ** 2))
 
 
 class Judge:

@@ -27,7 +27,7 @@ from PIL import Image
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from common import cli, distributed, models, splits, training
-from common.files import UserError
+from common.files import UserError, px
 from common.losses import class_weights
 from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
@@ -38,7 +38,10 @@ LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
 EMBEDDED_STEPS = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # a few minutes
 EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes on two cores
-LARGEST, SMALLEST, MULTIPLE = 128, 32, 16  # px of the default view size
+AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default view size
+OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
+LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
+ORIENTATION = 0x0112  # EXIF tag; from 5 on width and height change places
 
 
 def parse_arguments():
@@ -64,12 +67,13 @@ def parse_arguments():
                    help="folder for the run folders (default: %(default)s)")
 
     g = p.add_argument_group("pictures and views")
-    g.add_argument("--view-size", type=cli.picture_size,
-                   help="side in px at which pictures are stored and views are made (default: 128, "
-                   "or the pictures' own size in whole steps of 16 where that is less; 64 for the "
-                   "embedded set)")
-    g.add_argument("--img-size", type=cli.picture_size,
-                   help="side in px the models see, raised to whole patches (default: view size)")
+    g.add_argument("--view-size", type=cli.picture_size, metavar="HxW",
+                   help="height x width in px at which pictures are stored and views are made, or "
+                   "the side of a square (default: the pictures' median shape, in whole steps of "
+                   "16, with as many pixels as 128x128 or as they have; 64 for the embedded set)")
+    g.add_argument("--img-size", type=cli.picture_size, metavar="HxW",
+                   help="px the models see, raised to whole patches (default: the view size, or a "
+                   "square of as many pixels for a model that takes no rectangle)")
     g.add_argument("--pooling", metavar="NAME",
                    help="timm's global_pool of the models, as avg or avgmax (default: its own)")
     g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
@@ -107,12 +111,15 @@ def main():
 
         device = cli.pick_device(args.device)
         with distributed.first_then_others():
-            train, val, dataset = open_pictures(args)
+            folder = splits.data_folder(args.data_dir)
+            view_size = args.view_size or default_view_size(folder)
+            img_sizes = [choose_img_size(name, view_size, args.img_size) for name in args.model]
+            train, val, dataset = open_pictures(folder, view_size, args)
         training.refuse_epochs(args.epochs, len(train), args.batch_size)
         cli.lap("pictures")
         for number, name in enumerate(args.model):
             with distributed.first_then_others():
-                model, groups = create(number, dataset, args)
+                model, groups = create(number, dataset, img_sizes[number], args)
             model.to(device, memory_format=torch.channels_last)
             schedule = plan(number, dataset, args)
             run = training.Run(model, groups, schedule, homes[number], {
@@ -125,7 +132,7 @@ def main():
                 "args": vars(args),
             })
             run.start(resumed[number])
-            print(f"{name} at {model.img_size} px: {len(train)} pictures, {run}")
+            print(f"{name} at {px(model.img_size)}: {len(train)} pictures, {run}")
             fit(run, train, val, recipe, args)
             cli.lap("training")
     cli.print_laps()
@@ -168,13 +175,23 @@ def check_name(name):
     raise UserError(f"--model {name}: timm has no such model{hint}")
 
 
-def open_pictures(args):
+def choose_img_size(name, view_size, asked):
+    """[H, W] that a model sees: what is asked for, or else the view size or a square like it."""
+    size = models.size_that_fits(name, asked or view_size)
+    square = size[0] == size[1]
+    if square and asked and asked[0] != asked[1]:
+        raise UserError(f"--img-size: {name} takes no rectangle; name a square, as {size[0]}")
+    if square and view_size[0] != view_size[1] and not asked:
+        print(f"{name} takes no rectangle: it sees the views squeezed to {px(size)}")
+    return size
+
+
+def open_pictures(folder, view_size, args):
     """(train, val, dataset); refuses test pictures among the training ones, or drops them."""
-    folder = splits.data_folder(args.data_dir)
     cache = cli.decoded_cache(args)
     train, val, dataset = splits.open_training(cache, {
         "dir": folder.as_posix(),
-        "view_size": args.view_size or default_view_size(folder),
+        "view_size": view_size,
         "white_level": args.white_level,
         "val_fraction": args.val_fraction,
         "group_regex": args.group_regex,
@@ -188,34 +205,58 @@ def open_pictures(args):
         train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
     print(
         f"{folder}: {len(train)} training and {len(val)} validation pictures at "
-        f"{dataset['view_size']} px, classes {', '.join(dataset['classes'])}"
+        f"{px(view_size)}, classes {', '.join(dataset['classes'])}"
     )
+    for line in size_lines((train + val).sizes(), view_size):
+        print(line)
     return train, val, dataset
 
 
 def default_view_size(folder):
-    """128 px, or the median longer side of the training pictures in whole steps of 16, if less.
+    """[H, W] of the median training picture, reduced to the pixels of 128 x 128, in steps of 16.
 
     128 px with fewer steps beats 70 px with more in the same time (tests/benchmarks/ablations.py),
     and a student's 1,000 steps take minutes on two CPU cores. Small defects need more.
     """
     if splits.is_embedded(folder):
-        return EMBEDDED_SIZE
-    paths, sides = list_pictures(folder / "train"), []
+        return [EMBEDDED_SIZE, EMBEDDED_SIZE]
+    paths, sizes = list_pictures(folder / "train"), []
     for path in paths[:: max(1, len(paths) // 100)]:
         with suppress(Exception), Image.open(folder / "train" / path, formats=FORMATS) as image:
-            sides.append(max(image.size))  # what cannot be read is listed when all are decoded
-    size = MULTIPLE * int(np.median(sides or [LARGEST]) / MULTIPLE)
-    return min(LARGEST, max(SMALLEST, size))
+            lies = image.getexif().get(ORIENTATION, 1) > 4
+            sizes.append(image.size if lies else image.size[::-1])
+    # What cannot be read is listed when all are decoded.
+    size = np.median(sizes or [(128, 128)], axis=0)
+    share = min(1, (AREA / size.prod()) ** 0.5)
+    steps = np.round(share * size / MULTIPLE) if share < 1 else size // MULTIPLE
+    return (MULTIPLE * steps).clip(SMALLEST, LARGEST).astype(int).tolist()
 
 
-def create(number, dataset, args):
+def size_lines(sizes, view_size):
+    """What the views keep of the pictures, in words. sizes: (width, height, ...) of each."""
+    height, width = view_size
+    theirs = np.array([row[:2] for row in sizes])
+    median = np.median(theirs, axis=0).astype(int)
+    factor = max(median / (width, height))
+    line = f"pictures of {median[0]} x {median[1]} px (median) "
+    if factor > 1:
+        line += (f"are reduced to {width} x {height}: a defect under {np.ceil(LOST * factor):.0f} "
+                 f"px is then under {LOST}, and lost; --view-size keeps more")
+    yield line if factor > 1 else f"{line}are not reduced"
+    shape = theirs[:, 0] / theirs[:, 1] * height / width
+    other = int((np.maximum(shape, 1 / shape) > OTHER_SHAPE).sum())
+    if other:
+        yield (f"{other} of {len(theirs)} pictures have another shape by a factor of more than "
+               f"{OTHER_SHAPE}; they are squeezed")
+
+
+def create(number, dataset, img_size, args):
     """(model, parameter groups); a pretrained backbone learns more slowly than its new head."""
     torch.manual_seed(args.seed)
     model = models.create_teacher(
         args.model[number],
         len(dataset["classes"]),
-        args.img_size or dataset["view_size"],
+        img_size,
         args.pretrained,
         args.weights[number] if args.weights else None,
         args.pooling,

@@ -95,7 +95,18 @@ def number(convert, accepts, wanted):
 
 # Comparisons with nan are false, so nan never passes.
 positive_int = number(int, lambda v: v >= 1, "a whole number of at least 1")
-picture_size = number(int, lambda v: 32 <= v <= 4096, "a side from 32 to 4096 px")
+
+def sides(text):
+    """[height, width] of '128', a square, or of '96x240'; ValueError for anything else."""
+    numbers = [int(side) for side in text.lower().split("x")]
+    height, width = numbers * 2 if len(numbers) == 1 else numbers
+    return [height, width]
+
+
+picture_size = number(
+    sides, lambda both: all(32 <= side <= 4096 for side in both),
+    "a side N or HxW, height x width, each from 32 to 4096 px",
+)
 seed = number(int, lambda v: 0 <= v < SEEDS, f"a whole number from 0 to {SEEDS - 1}")
 positive_float = number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 non_negative_float = number(float, lambda v: 0 <= v < float("inf"), "a number of at least 0")

@@ -14,7 +14,7 @@ from common import files
 from common.files import UserError
 from common.losses import product_of_experts
 
-SCHEMA = 6
+SCHEMA = 7
 
 
 def view_file(folder, view):

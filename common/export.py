@@ -26,7 +26,7 @@ from common.files import (
 from common.losses import fit_temperature
 from common.metrics import choose_threshold, defect_scores, score
 
-SCHEMA = 5
+SCHEMA = 6
 TOLERANCE = 1e-4  # of a probability, between a network and its file
 BATCH = 64
 
@@ -38,8 +38,14 @@ class Deployed(nn.Module):
     common.pictures.resize, operator for operator, so that a device sees what training saw.
     """
 
-    def __init__(self, classifier, trunk, view_size: int):
-        """trunk: normalised pixels -> features [B, C, h, w]; it alone may compute in int8."""
+    view_size: list[int]
+    img_size: list[int]
+
+    def __init__(self, classifier, trunk, view_size):
+        """trunk: normalised pixels -> features [B, C, h, w]; it alone may compute in int8.
+
+        view_size: [H, W] in px.
+        """
         super().__init__()
         self.trunk, self.view_size, self.img_size = trunk, view_size, classifier.img_size
         self.pool = classifier.backbone.avgpool
@@ -50,12 +56,12 @@ class Deployed(nn.Module):
         self.register_buffer("bias", head.bias.detach().clone())
 
     def frames(self, pictures: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, S, S] at the view size."""
+        """uint8 [B, 3, H, W] at the view size."""
         if pictures.dim() == 3:
             pictures = pictures.unsqueeze(0)
         if pictures.size(3) == 3:
             pictures = pictures.permute(0, 3, 1, 2)
-        size = [self.view_size, self.view_size]
+        size = self.view_size
         if pictures.size(2) != size[0] or pictures.size(3) != size[1]:
             pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
         return pictures
@@ -64,8 +70,7 @@ class Deployed(nn.Module):
         """float32 [B, K], calibrated once weight and bias are divided by the temperature."""
         pixels = self.frames(pictures).float()
         if self.img_size != self.view_size:
-            size = [self.img_size, self.img_size]
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+            pixels = F.interpolate(pixels, size=self.img_size, mode="bilinear", antialias=True)
         normalised = (pixels - self.mean) / self.std
         features = self.trunk(normalised.contiguous(memory_format=torch.channels_last))
         return F.linear(self.pool(features).flatten(1), self.weight, self.bias)
@@ -83,12 +88,12 @@ def float_trunk(classifier):
 def int8_trunk(classifier, batches):
     """`float_trunk` after static quantisation: 8-bit weights per channel, calibrated activations.
 
-    batches: iterable of float [B, 3, S, S] in [0, 255] that the ranges are measured on. Activations
+    batches: iterable of float [B, 3, H, W] in [0, 255] that the ranges are measured on. Activations
     use 7 of 8 bits ("reduce_range"): processors without VNNI add pairs of products in 16 bits,
     which 8 would overflow.
     """
     trunk = copy.deepcopy(float_trunk(classifier)).cpu().eval()
-    example = torch.zeros(1, 3, classifier.img_size, classifier.img_size)
+    example = torch.zeros(1, 3, *classifier.img_size)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         prepared = prepare_fx(trunk, get_default_qconfig_mapping("x86"), (example,))
@@ -111,8 +116,8 @@ def export_student(student, val, views, about, limits, folder, onnx=False):
     """Write student.ts and, where that loses little, student.int8.ts: each calibrated on val.
 
     student: a ResNet18 `Classifier` on the CPU, in evaluation mode; val: pictures with `labels`
-    int64 [N] and `batch(indices)` -> uint8 [B, S, S, 3]; views: function that yields training
-    views, float [B, 3, S, S] in [0, 255], that int8 ranges are measured on; about: what the
+    int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; views: function that yields training
+    views, float [B, 3, H, W] in [0, 255], that int8 ranges are measured on; about: what the
     metadata says beside measurements, with view_size, classes and good_class (or None); onnx:
     whether to write student.onnx and student.int8.onnx too. What `folder` held of an earlier export
     is replaced when all are written; until then, and after an error, it stays. Returns
@@ -216,14 +221,14 @@ class TorchScript:
 
     def save(self, metadata, path):
         """Write it with its temperature, and metadata.json inside."""
-        size = self.deployed.img_size
+        example = torch.zeros(1, 3, *self.deployed.img_size)
         traced = copy.deepcopy(self.deployed).eval()
         with warnings.catch_warnings(), torch.no_grad(), checksummed(path) as file:
             warnings.filterwarnings("ignore", message=".*torch.jit")
             warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # sizes are fixed
             traced.weight /= metadata["temperature"]
             traced.bias /= metadata["temperature"]
-            traced.trunk = torch.jit.trace(traced.trunk, torch.zeros(1, 3, size, size))
+            traced.trunk = torch.jit.trace(traced.trunk, example)
             frozen = torch.jit.freeze(torch.jit.script(traced))
             extra = {"metadata.json": json.dumps(metadata, indent=1)}
             torch.jit.save(frozen, file, _extra_files=extra)
@@ -232,7 +237,7 @@ class TorchScript:
 def check_parity(network, path):
     """Raise RuntimeError where the file at `path` does not answer as the network it was made of."""
     student, metadata = load_exported(path)
-    shape = (3, metadata["view_size"], metadata["view_size"], 3)
+    shape = (3, *metadata["view_size"], 3)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
@@ -248,7 +253,7 @@ def check_parity(network, path):
 def load_exported(path):
     """(student, metadata) of an exported file, loaded by infer.py's own lines as on a device.
 
-    student: uint8 tensor [B, S, S, 3] at the view size -> probabilities, float32 [B, K]. Raises
+    student: uint8 tensor [B, H, W, 3] at the view size -> probabilities, float32 [B, K]. Raises
     UserError for a foreign or damaged file, or where its runtime is not installed.
     """
     import infer

@@ -1,7 +1,7 @@
 """The exported student as ONNX, for devices without torch: the same metadata, and the same answers.
 
 Needs onnx, onnxscript and onnxruntime beside torch; `require_packages` says so before any work. An
-.onnx holds a graph and numbers, no program. Its input is `pictures`, uint8 [B, S, S, 3] at the view
+.onnx holds a graph and numbers, no program. Its input is `pictures`, uint8 [B, H, W, 3] at the view
 size; resizing is left to infer.py.
 """
 
@@ -44,12 +44,12 @@ class Graph:
     @classmethod
     def of(cls, deployed):
         """The graph of an `export.Deployed`, which must have a float32 trunk."""
-        size = deployed.view_size
+        example = torch.zeros(2, *deployed.view_size, 3, dtype=torch.uint8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 deployed.eval(),
-                (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
+                (example,),
                 input_names=["pictures"],
                 output_names=["probabilities"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -63,7 +63,7 @@ class Graph:
     def quantised(self, views):
         """This float32 graph after static quantisation: 8-bit weights per channel, QDQ.
 
-        views: iterable of float [B, 3, S, S] in [0, 255] that ranges of activations are measured
+        views: iterable of float [B, 3, H, W] in [0, 255] that ranges of activations are measured
         on. Activations are unsigned, so that a ReLU is nothing but the rounding of what comes
         before it. Weights use 7 of 8 bits ("reduce_range"): processors without VNNI add pairs of
         products in 16 bits, which 8 would overflow.
@@ -99,7 +99,7 @@ class Graph:
             return Graph(onnx.load(done))
 
     def logits(self, frames):
-        """log p, logits up to a constant: float32 [B, K]; frames: uint8 [B, S, S, 3]."""
+        """log p, logits up to a constant: float32 [B, K]; frames: uint8 [B, H, W, 3]."""
         (probabilities,) = self.session.run(None, {"pictures": frames.numpy()})
         return torch.from_numpy(probabilities).clamp(min=1e-30).log()
 

@@ -56,6 +56,12 @@ def first_line(error, limit=120):
     return text.splitlines()[0][:limit]
 
 
+def px(size):
+    """A size [height, width] as flags take it: '128 px' of a square, else '96x240 px'."""
+    height, width = size
+    return f"{height} px" if height == width else f"{height}x{width} px"
+
+
 # ---------------------------------------------------------------------------- whole or not at all
 
 

@@ -7,16 +7,19 @@ code: only plain data is stored, and `weights_only=True` reads it.
 import hashlib
 from contextlib import suppress
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import nn
 
-from common.files import UserError, check_checksum, checksummed, first_line, versions
+from common.files import UserError, check_checksum, checksummed, first_line, px, versions
 
-SCHEMA = 4
+SCHEMA = 5
+SQUARE = 32  # px that the side of a square is a multiple of
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -25,20 +28,20 @@ SCHEMA = 4
 class Classifier(nn.Module):
     """A backbone with its own input size and normalisation in front.
 
-    forward: float [B, 3, S, S] in [0, 255], any S -> logits [B, classes].
+    forward: float [B, 3, H, W] in [0, 255], any H and W -> logits [B, classes].
     """
 
     def __init__(self, backbone, img_size, mean, std):
+        """img_size: [H, W] in px; mean, std: of the backbone's training pictures, in 0..1."""
         super().__init__()
-        self.backbone, self.img_size = backbone, img_size
+        self.backbone, self.img_size = backbone, list(img_size)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None] * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None] * 255, persistent=False)
 
     def normalise(self, pixels):
         """What the backbone sees: pixels at its size, with its mean and standard deviation."""
-        if pixels.shape[-1] != self.img_size:
-            size = (self.img_size, self.img_size)
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        if list(pixels.shape[-2:]) != self.img_size:
+            pixels = F.interpolate(pixels, size=self.img_size, mode="bilinear", antialias=True)
         return (pixels - self.mean) / self.std
 
     def forward(self, pixels):
@@ -48,9 +51,9 @@ class Classifier(nn.Module):
 def create_teacher(name, classes, img_size, pretrained=False, weights=None, pooling=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
-    classes: their number; img_size: px, raised to whole patches where the model cuts pictures into
-    patches; weights: path of a file in timm's key names. Raises UserError when the weights cannot
-    be had or do not fit, or the model does not take img_size.
+    classes: their number; img_size: [H, W] in px, raised to whole patches where the model cuts
+    pictures into patches; weights: path of a file in timm's key names. Raises UserError when the
+    weights cannot be had or do not fit, or the model does not take img_size.
     """
     try:
         return build_teacher(name, classes, img_size, pretrained, weights, pooling)
@@ -63,7 +66,7 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None, pool
             f"--pretrained: no weights for {name} ({reason}); without a network, "
             "download them elsewhere and give --weights FILE"
         )
-    raise UserError(f"--model {name} at {img_size} px: {reason}; try another --img-size")
+    raise UserError(f"--model {name} at {px(img_size)}: {reason}; try another --img-size")
 
 
 def build_teacher(name, classes, img_size, pretrained=False, weights=None, pooling=None):
@@ -74,28 +77,43 @@ def build_teacher(name, classes, img_size, pretrained=False, weights=None, pooli
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     backbone = create_backbone(name, img_size, options)
-    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    patch = patch if isinstance(patch, int) else patch[0]
-    if img_size % patch:  # timm would leave out what remains
-        img_size = -(-img_size // patch) * patch
-        backbone = create_backbone(name, img_size, options)
+    patch = to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))
+    whole = [-(-side // step) * step for side, step in zip(img_size, patch)]
+    if whole != list(img_size):  # timm would leave out what remains
+        backbone = create_backbone(name, whole, options)
     config = backbone.pretrained_cfg
-    model = Classifier(backbone, img_size, config["mean"], config["std"])
+    model = Classifier(backbone, whole, config["mean"], config["std"])
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, img_size, img_size))
+        model.eval()(torch.zeros(1, 3, *whole))
     return model
 
 
 def create_backbone(name, img_size, options):
-    """A timm model for pictures of img_size px, which most CNNs have no argument for.
+    """A timm model for pictures of [H, W] px, which most CNNs have no argument for.
 
     Residual branches start awake: timm would start the last norm of each at weight zero (Goyal et
     al. 2017), and a run of a few hundred steps is half over before it has grown.
     """
-    for more in ({"img_size": img_size}, {"zero_init_last": False}):
+    for more in ({"img_size": tuple(img_size)}, {"zero_init_last": False}):
         with suppress(TypeError):
             return timm.create_model(name, **options, **more)
     return timm.create_model(name, **options)
+
+
+def size_that_fits(name, size):
+    """The [H, W] at which a timm model sees pictures of a size [H, W].
+
+    In whole patches; a square of about as many pixels for a model that takes no rectangle, as with
+    windows or a position for each place. Raises UserError where it takes neither.
+    """
+    side = max(SQUARE, SQUARE * round(np.sqrt(np.prod(size)) / SQUARE))
+    reasons = []
+    for each in (size, [side, side]):
+        try:
+            return build_teacher(name, 2, each).img_size
+        except Exception as error:  # timm raises many kinds
+            reasons.append(first_line(error, 160))
+    raise UserError(f"--model {name} at {px(size)}: {reasons[0]}; try another --img-size")
 
 
 def can_be_built(name, classes, img_size):
@@ -129,9 +147,9 @@ class Pooling(nn.Module):
 def create_student(classes, img_size, pretrained=False, weights=None, pooling="mean"):
     """torchvision's ResNet18 as a `Classifier`, from scratch or from weights without their head.
 
-    classes: their number; img_size: px; weights: path of a state dict in torchvision's key names,
-    .safetensors or torch's format; pooling: see `Pooling`. Raises UserError when weights cannot be
-    had or do not fit.
+    classes: their number; img_size: [H, W]; weights: path of a state dict in torchvision's key
+    names, .safetensors or torch's format; pooling: see `Pooling`. Raises UserError when weights
+    cannot be had or do not fit.
     """
     backbone = torchvision.models.resnet18(num_classes=classes)
     backbone.avgpool = Pooling(pooling)

@@ -1,6 +1,6 @@
 """Picture files -> decoded cache -> batches: read once, resized, one memory-mapped uint8 array.
 
-    runs/decoded/<folder>-<view size>-<hash of its path>/images.bin   uint8 [N, S, S, 3], RGB
+    runs/decoded/<folder>-<view size>-<hash of its path>/images.bin   uint8 [N, H, W, 3], RGB
                                                         /index.json   path, sha256, size of each
 
 Every opening hashes the bytes of all files (about a second per GB), since names, sizes and time
@@ -78,12 +78,12 @@ def say_once(line):
 
 
 def resize(picture, size):
-    """uint8 tensor [H, W, 3] -> uint8 [size, size, 3]: antialiased, squeezed, never cropped.
+    """uint8 tensor [H, W, 3] -> uint8 [*size, 3]: antialiased, squeezed to it, never cropped.
 
     torch's operator in integers, as in the exported model: the same bytes on every processor.
     """
     planes = picture.permute(2, 0, 1)[None]
-    small = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    small = F.interpolate(planes, size=size, mode="bilinear", antialias=True)
     return small[0].permute(1, 2, 0)
 
 
@@ -94,7 +94,7 @@ def resize(picture, size):
 class Decoded:
     """The readable pictures of one folder at one size.
 
-    images: uint8 memory map [N, S, S, 3]; paths: below the folder; digests: sha256 of each file;
+    images: uint8 memory map [N, H, W, 3]; paths: below the folder; digests: sha256 of each file;
     sizes: (width, height, bytes) of each file; bad: {path: why it cannot be read}; fingerprint: a
     hash of all that decides the images.
     """
@@ -125,7 +125,7 @@ class DecodedCache:
         self.home, self.workers, self.skip_bad = Path(home), workers, skip_bad
 
     def open(self, folder, view_size, white_level=WHITE_LEVEL):
-        """The `Decoded` of a folder at view_size px, made or made again where need be.
+        """The `Decoded` of a folder at view_size, [H, W] in px, made or made again where need be.
 
         Costs a decoding per picture once, and a hashing of all bytes at each opening. Raises
         UserError for a missing folder or one without a picture.
@@ -143,7 +143,8 @@ class DecodedCache:
             "files": [list(row) for row in zip(paths, digests)],
         }
         key = hashlib.sha256(os.fsencode(folder.resolve()) + str(white_level).encode()).hexdigest()
-        home = self.home / f"{folder.name}-{view_size}-{key[:8]}"
+        name = f"{folder.name}-{files.px(view_size).removesuffix(' px')}-{key[:8]}"
+        home = self.home / name
         index = read_index(home, wanted)
         if index is None:
             with files.exclusive(home, wait=True):  # another process may be decoding the same
@@ -151,7 +152,7 @@ class DecodedCache:
         warn_if_dark(folder, index)
 
         kept = [row for row in wanted["files"] if row[0] not in index["bad"]]
-        shape = (len(kept), view_size, view_size, 3)
+        shape = (len(kept), *view_size, 3)
         images = np.empty(shape, np.uint8)
         if kept:  # an empty file cannot be mapped
             images = np.memmap(home / "images.bin", np.uint8, "r", shape=shape)
@@ -186,7 +187,7 @@ class DecodedCache:
         index = {**wanted, "bad": bad, "sizes": sizes, "brightest_deep": brightest}
         files.save_json(index, home / "index.json")
         seconds = time.perf_counter() - start
-        print(f"decoded {len(sizes)} pictures of {folder} at {size} px in {seconds:.1f} s")
+        print(f"decoded {len(sizes)} pictures of {folder} at {files.px(size)} in {seconds:.1f} s")
         return index
 
 
@@ -201,7 +202,7 @@ def read_index(home, wanted):
 
 
 def decode_file(path, digest, size, white_level):
-    """(uint8 tensor [size, size, 3], (width, height, bytes, is_deep)), or (None, why not)."""
+    """(uint8 tensor [*size, 3], (width, height, bytes, is_deep)), or (None, why not)."""
     content = None
     try:
         content = path.read_bytes()
@@ -266,7 +267,7 @@ class Pictures:
         return Pictures(self.parts, self.part_of[numbers], self.row_of[numbers], labels)
 
     def batch(self, indices, device="cpu"):
-        """uint8 [B, S, S, 3] on the device."""
+        """uint8 [B, H, W, 3] on the device."""
         rows = [self.parts[self.part_of[i]].images[self.row_of[i]] for i in indices]
         batch = torch.from_numpy(np.stack(rows))
         if torch.device(device).type == "cuda":  # else the copy would wait for the GPU
@@ -275,8 +276,8 @@ class Pictures:
 
     @property
     def view_size(self):
-        """Side of the decoded pictures in px."""
-        return self.parts[0].images.shape[1]
+        """[H, W] of the decoded pictures in px."""
+        return list(self.parts[0].images.shape[1:3])
 
     def path(self, i):
         """Where picture i lies, from its folder's name on: train/good/17.jpg."""

@@ -2,7 +2,7 @@
 
 A dataset is a dict that every stage passes on, so that all see the same split:
 
-    dir, view_size, white_level    where the pictures are, and how they are read
+    dir, view_size, white_level    where the pictures are, and how they are read: [H, W] in px
     val_fraction, group_regex      how a part of train/ is held out where there is no val/
     dropped                        training pictures that are left out, since a test set holds them
     classes, fingerprint           what these are; compared when a later stage opens it

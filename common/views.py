@@ -22,8 +22,8 @@ PARAMETERS = 11  # random numbers that a view takes
 class ViewRecipe:
     """Ranges the parameters of a view are drawn from, uniformly. Raises ValueError for wrong ones.
 
-    zoom_min, zoom_max: side of the cropped square over the picture's side (1 is the whole picture).
-    shift: further offset of the crop's centre, as a share of half the side.
+    zoom_min, zoom_max: sides of the crop over those of the picture (1 is the whole picture).
+    shift: further offset of the crop's centre, as a share of half the shorter side.
     rotate: largest angle in degrees to either side. flip: probability of each of two mirrorings.
     brightness: largest change, as a share of the full range. contrast: largest relative change.
     tint: largest relative change of one colour channel's gain.
@@ -101,8 +101,8 @@ def uniform(seed, views, indices, count):
 def render(pictures, indices, views, seed, recipe):
     """Views of a batch of pictures.
 
-    pictures: uint8 [B, S, S, 3], on the device to render on; indices, views: int sequences [B].
-    Returns float32 [B, 3, S, S] in [0, 255], in channels_last layout. Equal for equal arguments
+    pictures: uint8 [B, H, W, 3], on the device to render on; indices, views: int sequences [B].
+    Returns float32 [B, 3, H, W] in [0, 255], in channels_last layout. Equal for equal arguments
     per picture, whatever else is in the batch. Costs one bilinear lookup and one
     multiplication-addition per value.
     """
@@ -110,13 +110,13 @@ def render(pictures, indices, views, seed, recipe):
     views = np.asarray(views)
     if not views.any():
         return plain
-    device, size = pictures.device, pictures.shape[1]
+    device, (height, width) = pictures.device, pictures.shape[1:3]
     u = uniform(seed, views, indices, PARAMETERS)
 
     # Geometry. Written out, since the rounding of a matrix product may depend on the batch.
-    m = on(device, torch.from_numpy(warp(u, recipe)))
-    axis = (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
-    x, y = axis[None, None, :], axis[None, :, None]
+    m = on(device, torch.from_numpy(warp(u, recipe, height, width)))
+    x = pixel_centres(width, device)[None, None, :]
+    y = pixel_centres(height, device)[None, :, None]
     source_x = m[:, 0] * x + m[:, 1] * y + m[:, 2]
     source_y = m[:, 3] * x + m[:, 4] * y + m[:, 5]
     grid = torch.stack([source_x, source_y], dim=-1)
@@ -127,7 +127,7 @@ def render(pictures, indices, views, seed, recipe):
     rows = plain.sum(dim=3)
     if device.type == "mps":  # has no float64
         rows = rows.cpu()
-    mean = rows.sum(dim=(1, 2), dtype=torch.float64) / (3.0 * size * size)
+    mean = rows.sum(dim=(1, 2), dtype=torch.float64) / (3.0 * height * width)
     u = torch.from_numpy(u).to(mean.device, non_blocking=True)
     gain, offset = colour(u, mean, recipe)
     result = (warped * on(device, gain) + on(device, offset)).clamp_(0.0, 255.0)
@@ -142,19 +142,28 @@ def on(device, values):
     return values.float().to(device, non_blocking=True)[:, :, None, None]
 
 
-def warp(u, recipe):
+def pixel_centres(size, device):
+    """Where the pixels of a side lie when its ends are -1 and 1: float32 [size]."""
+    return (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
+
+
+def warp(u, recipe, height, width):
     """Output coordinates in [-1, 1] -> input coordinates, by flip, rotation, zoom and shift.
 
-    u: float64 [B, 11] in [0, 1). Returns the rows of a 2 x 3 matrix: float64 [B, 6].
+    u: float64 [B, 11] in [0, 1); height, width: px, since a turn in pixels that does not shear is
+    none in coordinates that run from -1 to 1 along either side. Returns the rows of a 2 x 3
+    matrix: float64 [B, 6].
     """
+    tall, wide = height / width, width / height
     sign = 2.0 * u - 1.0
     angle = np.radians(recipe.rotate) * sign[:, 0]
     zoom = recipe.zoom_min + (recipe.zoom_max - recipe.zoom_min) * u[:, 1]
     flip_x, flip_y = np.where(u[:, 2:4] < recipe.flip, -1.0, 1.0).T
-    room = np.maximum(0.0, 1.0 - zoom) + recipe.shift
+    room = np.maximum(0.0, 1.0 - zoom)  # in which the crop stays inside the picture
+    room_x, room_y = room + recipe.shift * min(1.0, tall), room + recipe.shift * min(1.0, wide)
     cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
-    row_x = [cos * flip_x, -sin * flip_y, room * sign[:, 4]]
-    row_y = [sin * flip_x, cos * flip_y, room * sign[:, 5]]
+    row_x = [cos * flip_x, -sin * flip_y * tall, room_x * sign[:, 4]]
+    row_y = [sin * flip_x * wide, cos * flip_y, room_y * sign[:, 5]]
     return np.stack(row_x + row_y, axis=1)
 
 

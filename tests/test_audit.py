@@ -58,7 +58,7 @@ def put(folder, number, image, name=None):
 
 
 def sets_of(root, size=128):
-    cache, dataset = DecodedCache(root / "decoded"), {**DATASET, "view_size": size}
+    cache, dataset = DecodedCache(root / "decoded"), {**DATASET, "view_size": [size, size]}
     opened = {name: splits.open_labelled(cache, root / name, dataset) for name in ("train", "test")}
     return {name: pictures for name, (_, pictures) in opened.items()}
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, DATASET, ROOT, SIDE, TEACHERS, call, make_set
+from conftest import CPU, DATASET, ROOT, SIZE, TEACHERS, VIEW_SIZE, call, make_set
 
 import build_ensemble
 import distill
@@ -28,7 +28,7 @@ from common.pictures import DecodedCache
 from common.training import batch_of_step
 from common.views import ViewRecipe, render
 
-TRAIN = ("--data-dir", "parts", "--view-size", SIDE)
+TRAIN = ("--data-dir", "parts", "--view-size", VIEW_SIZE)
 
 
 def same_weights(a, b):
@@ -60,7 +60,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export,
     pool, _ = splits.open_pool(cache, "parts/unlabelled", dataset)
     pictures = train + pool
     torch.manual_seed(5)
-    student = models.create_student(3, SIDE).train()
+    student = models.create_student(3, SIZE).train()
     student.to(memory_format=torch.channels_last)
     indices, _ = batch_of_step(0, len(pictures), 105, 5)
     views = np.ones(105, int)
@@ -152,17 +152,17 @@ def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
 
 
 def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
-    model = models.create_teacher("vit_tiny_patch16_224", 2, 40).eval()
+    model = models.create_teacher("vit_tiny_patch16_224", 2, [40, 40]).eval()
     pixels = torch.rand(1, 3, 40, 40) * 255
     edge_changed = pixels.clone()
     edge_changed[..., -2:] = 0
-    assert model.img_size == 48  # of patches of 16
+    assert model.img_size == [48, 48]  # of patches of 16
     assert not torch.allclose(model(pixels), model(edge_changed))
 
 
 @pytest.mark.parametrize("name", ["efficientvit_m0", "xcit_nano_12_p8_224"])
 def test_a_model_whose_patch_size_is_one_number_becomes_a_teacher(name):
-    assert models.create_teacher(name, 3, 224).img_size == 224
+    assert models.create_teacher(name, 3, [224, 224]).img_size == [224, 224]
 
 
 def test_a_resnet_teacher_from_scratch_starts_awake_and_a_loaded_one_as_it_was(tmp_path):
@@ -172,16 +172,16 @@ def test_a_resnet_teacher_from_scratch_starts_awake_and_a_loaded_one_as_it_was(t
 
     theirs = timm.create_model("resnet10t", num_classes=3)
     assert asleep(theirs) == 4  # one per residual block: what timm does
-    assert asleep(models.create_teacher("resnet10t", 3, 32)) == 0
+    assert asleep(models.create_teacher("resnet10t", 3, [32, 32])) == 0
     file = tmp_path / "resnet10t.pth"
     torch.save(theirs.state_dict(), file)
-    assert asleep(models.create_teacher("resnet10t", 3, 32, weights=file)) == 4
+    assert asleep(models.create_teacher("resnet10t", 3, [32, 32], weights=file)) == 4
 
 
 def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move():
     slowest = {}
     for name in TEACHERS:
-        model = models.create_teacher(name, 3, SIDE)
+        model = models.create_teacher(name, 3, SIZE)
         backbone_lr, layer_decay = train_teacher.fine_tuning_rates(model.backbone)
         groups = train_teacher.parameter_groups(model, 0.05, layer_decay, backbone_lr)
         scales = sorted({group["lr_scale"] for group in groups})
@@ -207,9 +207,9 @@ def test_what_attends_is_told_by_its_heads_and_not_by_its_name():
 def test_a_size_that_a_model_cannot_take_is_not_blamed_on_its_weights(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"junk")
     with pytest.raises(UserError, match="--model maxvit.* at 50 px: .*; try another --img-size"):
-        models.create_teacher("maxvit_nano_rw_256", 3, 50, weights=tmp_path / "w.pth")
+        models.create_teacher("maxvit_nano_rw_256", 3, [50, 50], weights=tmp_path / "w.pth")
     with pytest.raises(UserError, match="--weights .*w.pth does not load into test_resnet"):
-        models.create_teacher("test_resnet", 3, 50, weights=tmp_path / "w.pth")
+        models.create_teacher("test_resnet", 3, [50, 50], weights=tmp_path / "w.pth")
 
 
 def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):
@@ -224,11 +224,11 @@ def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):
 def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp_path):
     from safetensors.torch import save_file
 
-    state = models.create_student(7, SIDE).backbone.state_dict()
+    state = models.create_student(7, SIZE).backbone.state_dict()
     torch.save(state, tmp_path / "w.pth")
     save_file(state, tmp_path / "w.safetensors")
     for name in ("w.pth", "w.safetensors"):
-        student = models.create_student(3, SIDE, weights=tmp_path / name)
+        student = models.create_student(3, SIZE, weights=tmp_path / name)
         assert torch.equal(student.backbone.conv1.weight, state["conv1.weight"])
         assert student.backbone.fc.out_features == 3
 
@@ -436,8 +436,8 @@ def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_
     checkpoint = tmp_path / "test_resnet" / "model.pt"
     words = (checkpoint, "runs/student/model.pt", "--data-dir", "parts", "--output", tmp_path / "r")
     assert call(evaluate.main, *words, "--skip-audit", *CPU) == 0
-    assert load_checkpoint(checkpoint)["img_size"] == 40
-    dataset = {**DATASET, "view_size": 48, "classes": ["cross", "level", "upright"]}
+    assert load_checkpoint(checkpoint)["img_size"] == [40, 40]
+    dataset = {**DATASET, "view_size": [48, 48], "classes": ["cross", "level", "upright"]}
     alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"], dataset)
     model, _ = models.load_model(checkpoint, torch.device("cpu"))
     logits = models.predict(model, alone["test"], torch.device("cpu"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, DATASET, ROOT, SIDE, call
+from conftest import CPU, DATASET, ROOT, SIZE, call
 
 import distill
 import infer
@@ -96,7 +96,7 @@ def test_int8_runs_under_every_engine_of_this_torch_and_they_agree(edge, frames)
 
 
 def test_int8_is_neither_float32_in_disguise_nor_another_network(edge):
-    frames = torch.randint(0, 256, (20, SIDE, SIDE, 3), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (20, *SIZE, 3), dtype=torch.uint8)
     floats, int8 = (load_exported(edge / name)[0] for name in ("student.ts", "student.int8.ts"))
     gap = (floats(frames).clamp(min=1e-9).log() - int8(frames).clamp(min=1e-9).log()).abs().max()
     assert 1e-4 < gap < 2.0
@@ -171,13 +171,13 @@ class BrightCorner(torch.nn.Module):
 
 def bright_corner():
     """A student of three classes: uint8 frames [B, 64, 64, 3] -> probabilities [B, 3]."""
-    student = models.create_student(3, 64)
+    student = models.create_student(3, [64, 64])
     student.mean.zero_()
     student.std.fill_(1.0)
     student.backbone.fc = torch.nn.Linear(3, 3)
     student.backbone.fc.weight.data = torch.eye(3)
     student.backbone.fc.bias.data.zero_()
-    deployed = export.Deployed(student, BrightCorner(), 64)
+    deployed = export.Deployed(student, BrightCorner(), [64, 64])
     return lambda frames: deployed(torch.from_numpy(frames)).numpy()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SIDE, call, make_set
+from conftest import CPU, ROOT, VIEW_SIZE, call, make_set
 
 import build_ensemble
 import distill
@@ -20,7 +20,7 @@ from common import cli
 from common.files import exclusive, load_json, save_json
 from common.models import load_checkpoint, save_checkpoint
 
-TRAIN = ("--view-size", SIDE, "--model", "test_resnet", "--steps", 2, *CPU)
+TRAIN = ("--view-size", VIEW_SIZE, "--model", "test_resnet", "--steps", 2, *CPU)
 PARTS = ("--data-dir", "parts", *TRAIN)
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASET, SIDE, call, make_set
+from conftest import CPU, DATASET, SIZE, VIEW_SIZE, call, make_set
 from PIL import Image
 
 import build_ensemble
@@ -62,9 +62,9 @@ def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, ca
         values = np.linspace(0, brightest, 64).astype(np.uint16)[None].repeat(64, 0)
         Image.fromarray(values).save(tmp_path / "deep" / f"{number}.png")
     cache = DecodedCache(tmp_path / "decoded")
-    assert cache.open(tmp_path / "deep", 64).images.max() == 15
+    assert cache.open(tmp_path / "deep", [64, 64]).images.max() == 15
     assert "--white-level 4095" in capsys.readouterr().out
-    decoded = cache.open(tmp_path / "deep", 64, white_level=4095)
+    decoded = cache.open(tmp_path / "deep", [64, 64], white_level=4095)
     assert [int(image.max()) for image in decoded.images] == [56, 255]
     assert "--white-level" not in capsys.readouterr().out
 
@@ -79,14 +79,15 @@ def test_exif_orientation_is_applied():
 
 def test_infer_resizes_to_the_very_bytes_that_training_sees():
     rng = np.random.default_rng(0)
-    for height, width, side in (
-        (40, 48, 32), (480, 640, 64), (7, 3000, 70), (1, 1, 32), (64, 64, 64), (333, 64, 64),
-        (2000, 999, 224), (31, 130, 128),
+    for height, width, *size in (
+        (40, 48, 32, 32), (480, 640, 64, 64), (7, 3000, 70, 70), (1, 1, 32, 32), (64, 64, 64, 64),
+        (333, 64, 64, 64), (2000, 999, 224, 224), (31, 130, 128, 128), (260, 640, 80, 208),
+        (96, 240, 96, 64), (64, 40, 64, 33), (50, 40, 208, 40),
     ):
         noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for picture in (noise, noise.max(0, keepdims=True).repeat(height, 0), noise | 255):
-            ours = pictures.resize(torch.from_numpy(picture), side).numpy()
-            assert (infer.resize(picture, side) == ours).all(), (height, width, side)
+            ours = pictures.resize(torch.from_numpy(picture), size).numpy()
+            assert (infer.resize(picture, size) == ours).all(), (height, width, size)
 
 
 def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsys, monkeypatch):
@@ -107,30 +108,30 @@ def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsy
     assert "4 pictures cannot be read and are left out" in capsys.readouterr().out
     assert readable.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     last = root.parent / readable.path(9)
-    expected = pictures.resize(torch.from_numpy(infer.read_picture(last)), SIDE)
+    expected = pictures.resize(torch.from_numpy(infer.read_picture(last)), SIZE)
     assert (readable.batch([9])[0] == expected).all()
 
 
 def test_a_changed_byte_makes_the_cache_again_and_a_changed_time_does_not(tmp_path, cache, capsys):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"
     file = root / "level" / "l000.png"
-    first = cache.open(root, 16)
+    first = cache.open(root, [16, 16])
     assert "decoded" in capsys.readouterr().out
     os.utime(file, (1, 1))
-    assert cache.open(root, 16).fingerprint == first.fingerprint
+    assert cache.open(root, [16, 16]).fingerprint == first.fingerprint
     assert "decoded" not in capsys.readouterr().out
     before, changed = file.stat(), bytearray(file.read_bytes())
     changed[-1] ^= 1  # the end chunk's checksum, which Pillow does not read: same size and pixels
     file.write_bytes(changed)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    second = cache.open(root, 16)
+    second = cache.open(root, [16, 16])
     assert "decoded" in capsys.readouterr().out and second.fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "another array"])
 def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"
-    expected = np.array(cache.open(root, 16).images)
+    expected = np.array(cache.open(root, [16, 16]).images)
     file = next((tmp_path / "decoded").glob("*/images.bin"))
     content = bytearray(file.read_bytes())
     if damage == "cut":
@@ -140,32 +141,48 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
     else:
         content = bytes(len(content))
     file.write_bytes(content)
-    assert (cache.open(root, 16).images == expected).all()
+    assert (cache.open(root, [16, 16]).images == expected).all()
 
 
 def test_resize_never_crops():
     picture = torch.zeros(30, 90, 3, dtype=torch.uint8)
     picture[:, :3] = 255  # a bright left edge
-    small = pictures.resize(picture, 30)
+    small = pictures.resize(picture, [30, 30])
     assert small.shape == (30, 30, 3) and small[:, 0].min() > 200 and small[:, 2:].max() == 0
 
 
-def test_view_size_follows_small_pictures_and_stops_at_128(tmp_path):
-    for name, side in (("small", 100), ("tiny", 49), ("large", 500)):
-        for c in "ab":
-            (tmp_path / name / "train" / c).mkdir(parents=True)
-            Image.new("L", (side, side // 2)).save(tmp_path / name / "train" / c / "x.png")
-    assert train_teacher.default_view_size(tmp_path / "small") == 96
-    assert train_teacher.default_view_size(tmp_path / "tiny") == 48
-    assert train_teacher.default_view_size(tmp_path / "large") == 128
+@pytest.mark.parametrize("width, height, turned, size", [
+    (100, 100, False, [96, 96]), (49, 49, False, [48, 48]), (500, 500, False, [128, 128]),
+    (640, 260, False, [80, 208]), (260, 640, False, [208, 80]), (640, 260, True, [208, 80]),
+    (640, 480, False, [112, 144]), (100, 60, False, [48, 96]), (20, 8, False, [32, 32]),
+    (6000, 40, False, [32, 1568]),
+])
+def test_default_view_size_keeps_the_shape_at_the_pixels_of_128_x_128(
+    tmp_path, width, height, turned, size
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    for c in "ab":
+        (tmp_path / "train" / c).mkdir(parents=True)
+        Image.new("L", (width, height)).save(tmp_path / "train" / c / "x.jpg", exif=exif)
+    assert train_teacher.default_view_size(tmp_path) == size
+
+
+def test_views_say_what_they_lose_and_whom_they_squeeze():
+    sizes = [(640, 260, 9)] * 8 + [(260, 640, 9)] * 2 + [(640, 640, 9)]
+    lost, squeezed = train_teacher.size_lines(sizes, [80, 208])
+    assert "640 x 260 px (median) are reduced to 208 x 80: a defect under 10 px" in lost
+    assert squeezed.startswith("3 of 11 pictures have another shape")
+    (whole,) = train_teacher.size_lines(sizes[:1], [260, 640])
+    assert "640 x 260 px (median) are not reduced" in whole
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000])
 def test_a_foreign_index_makes_the_cache_again(tmp_path, cache, content):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"
-    expected = np.array(cache.open(root, 16).images)
+    expected = np.array(cache.open(root, [16, 16]).images)
     next((tmp_path / "decoded").glob("*/index.json")).write_bytes(content)
-    assert (cache.open(root, 16).images == expected).all()
+    assert (cache.open(root, [16, 16]).images == expected).all()
 
 
 # ------------------------------------------------------------------------------------------ splits
@@ -216,7 +233,8 @@ def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, m
     with Image.open(original) as image:
         image.save(parts / "train" / "level" / "pixels.bmp")
     monkeypatch.chdir(tmp_path)
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet",
+             "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 2
     error = capfd.readouterr().err
     assert "2 training pictures are test or validation pictures too" in error
@@ -265,7 +283,8 @@ def test_a_broken_link_does_not_switch_the_search_for_leaks_off(tmp_path, monkey
     (parts / "test" / "level" / "lost.png").symlink_to(tmp_path / "gone.png")
     shutil.copy(parts / "test" / "level" / "l000.png", parts / "train" / "level" / "copy.png")
     monkeypatch.chdir(tmp_path)
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet",
+             "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 2
     assert "lost.png: a link to nothing" in capfd.readouterr().err
 
@@ -279,5 +298,6 @@ def test_a_test_folder_that_evaluate_will_refuse_never_stops_training(tmp_path, 
     for file in (parts / "test_of_few" / "cross").iterdir():
         file.unlink()
     monkeypatch.chdir(tmp_path)
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 2)
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet",
+             "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 0

@@ -143,7 +143,7 @@ def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):
 
 
 def test_a_score_that_is_no_number_is_rejected_and_a_tiny_one_is_not_lost():
-    metadata = {"view_size": 2, "white_level": 65535, "classes": ["bad", "good"],
+    metadata = {"view_size": [2, 2], "white_level": 65535, "classes": ["bad", "good"],
                 "good_class": "good", "operating_point": {"threshold": 0.5}}
     frame = np.zeros((2, 2, 3), np.uint8)
 
@@ -484,7 +484,8 @@ class Foreign(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", [
     {}, {"schema": 1}, {"classes": ["a", "b"]}, {"classes": 3}, {"classes": [1, 2, 3]},
-    {"good_class": "none"}, {"good_class": ["level"]}, {"view_size": "64"}, {"view_size": 10**9},
+    {"good_class": "none"}, {"good_class": ["level"]}, {"view_size": "64"}, {"view_size": 64},
+    {"view_size": [10**9] * 2}, {"view_size": [64]},
     {"white_level": None}, {"white_level": 0}, {"precision": []}, {"operating_point": [1]},
     {"operating_point": {"threshold": "0.5"}}, {"good_class": None},
     "[]", "{}", "null", "no JSON", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, None,

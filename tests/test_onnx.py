@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SIDE, call
+from conftest import CPU, ROOT, SIZE, call
 from PIL import Image
 
 import distill
@@ -71,7 +71,7 @@ def test_both_formats_see_the_same_evidence(edge, tiny):
         for file in (edge / name, edge / twin):
             student, metadata = infer.load_student(file)
             good = metadata["classes"].index("level")
-            maps.append(infer.occlusion_map(student, infer.resize(picture, SIDE), good))
+            maps.append(infer.occlusion_map(student, infer.resize(picture, SIZE), good))
         assert maps[0].max() > 0.2 and np.abs(maps[0] - maps[1]).max() < allowed
 
 
@@ -124,7 +124,7 @@ def test_a_device_without_torch_judges_watches_and_draws(edge, tiny, tmp_path):
         drawn = list((tmp_path / "red").iterdir())
         assert len(drawn) == 3 and Image.open(drawn[0]).size[0] == 480
         shutil.rmtree(tmp_path / "red")
-        assert json.loads(run("infer.py", "--model", model, "--info").stdout)["view_size"] == SIDE
+        assert json.loads(run("infer.py", "--model", model, "--info").stdout)["view_size"] == SIZE
     refused = run("infer.py", "--model", tiny.runs / "student" / "student.ts", *pictures)
     assert refused.returncode == 2 and "pip install torch" in refused.stderr
 

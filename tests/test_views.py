@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from conftest import CPU, SIDE, call
+from conftest import CPU, VIEW_SIZE, call
 
 import build_ensemble
 import distill
@@ -123,7 +123,8 @@ def test_no_view_of_the_ensemble_is_one_that_a_teacher_was_trained_on(
     trained, asked = {}, {}
     monkeypatch.setattr(train_teacher, "render", recorder(trained))
     monkeypatch.setattr(build_ensemble, "render", recorder(asked))
-    words = ("--data-dir", "parts", "--view-size", SIDE, "--model", "test_resnet", "--steps", 8)
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet",
+             "--steps", 8)
     assert call(train_teacher.main, *words, "-b", 16, "--output", tmp_path, *CPU) == 0
     words = ("--views", 2, "--unlabelled", "none", "--output", tmp_path / "e")
     assert call(build_ensemble.main, tmp_path / "test_resnet" / "model.pt", *words, *CPU) == 0

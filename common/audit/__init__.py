@@ -13,9 +13,9 @@ import numpy as np
 
 from common import splits  # the module: it may itself be importing common.audit.near_duplicates
 from common.audit import label_errors, near_duplicates, shortcuts
-from common.files import UserError, load_json, save_json
+from common.files import UserError, load_json, px, save_json
 
-VERSION = 5  # raise it when the audit changes
+VERSION = 6  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 CONFLICTS = 6  # lines about copies with different labels
 
@@ -52,7 +52,7 @@ def audit(sets, cache_dir):
 
     sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys: `copies` and
     `conflicts` (see `find_copies`), `shortcuts` (see `shortcuts.probe`), `groups` (see
-    `propose_groups`), `sizes` and `per_class` (pictures in each set), `view_size` (px).
+    `propose_groups`), `sizes` and `per_class` (pictures in each set), `view_size` ([H, W]).
     """
     identity = repr([VERSION, {name: each.fingerprint() for name, each in sets.items()}])
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -128,9 +128,10 @@ def audit_lines(findings, classes, group_regex=None):
     classes: their names; group_regex: the one in use, so that none is proposed.
     """
     near = "near-duplicates"
-    if findings["view_size"] < near_duplicates.FINE:  # there, parts of one design agree in all
+    if not near_duplicates.shows_detail(findings["view_size"]):
+        # there, parts of one design agree in all
         hint = f"--view-size {near_duplicates.FINE} tells more"
-        near = f"perhaps near-duplicates (at {findings['view_size']} px hard to tell; {hint})"
+        near = f"perhaps near-duplicates (at {px(findings['view_size'])} hard to tell; {hint})"
     words = {"bytes": "byte for byte", "pixels": "pixel for pixel", "near": f"{near} of pictures"}
     examples = {}
     for copy in sorted(findings["copies"], key=lambda copy: list(words).index(copy["kind"])):

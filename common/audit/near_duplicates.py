@@ -45,7 +45,7 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
     out. Time: 130 operations per pair of pictures for the candidates (10 s for 50,000 against as
     many), 1 to 12 ms for each i that has one which looks alike. Memory: 1.3 kB per picture.
     """
-    sizes = [ROUGH, FINE] if pictures.view_size >= FINE else [ROUGH]
+    sizes = [ROUGH, FINE] if shows_detail(pictures.view_size) else [ROUGH]
     threshold = threshold or LIKENESS[sizes[-1]]
     everything = BatchSampler(range(len(pictures)), BLOCK, drop_last=False)
     thumbnails = torch.cat([grey(pictures, block, COARSE) for block in everything])
@@ -81,8 +81,17 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
     return pairs
 
 
+def shows_detail(view_size):
+    """Whether pictures of [H, W] px can be compared at the fine size: whether they have about as
+    many pixels, since the default view size rounds both sides."""
+    return np.prod(view_size) ** 0.5 > 0.9 * FINE
+
+
 def grey(pictures, indices, size):
-    """Brightness, float32 [B, size, size], 0..255, at a third of the cost of three channels."""
+    """Brightness, squeezed to a square: float32 [B, size, size], 0..255.
+
+    At a third of the cost of three channels.
+    """
     pixels = pictures.batch(np.asarray(indices)).float().mean(3)
     return F.interpolate(pixels[:, None], size=(size, size), mode="bilinear", antialias=True)[:, 0]
 

@@ -6,7 +6,8 @@
     python tests/benchmarks/small_defects.py --table                   # from the CSV alone
 
 Of the training pictures a third is the development set that is scored here, whole positions of the
-ball screw at a time, another third for every seed; the test split stays shut. A row at n times the
+ball screw at a time, another third for every seed; the test split stays shut but for --test, which
+trains and scores as a user would, for longer. A row at n times the
 pixels has an nth of the steps, so that all take the same time. The stand-alone ResNet18 and
 EfficientNet-Lite0 start from the given weights. A row that is in the CSV is not made again.
 """
@@ -30,9 +31,11 @@ from bench import (
 )
 
 from common import cli
+from common.files import load_json
 
 CNN = "tf_efficientnet_lite0"
 STEPS = {"student": 600, "cnn": 400}  # at the default size: as long, on one core
+TEST_STEPS = 1000  # of the student on the test split: distill.py's default
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ ROWS = {
 TIMES = {"square": 1, "1x": 1, "2x": 2, "4x": 4}
 TIMM = {"meanmax": "avgmax"}
 FIELDS = (
-    "set", "seed", "network", "row", "view_size", "n", "accuracy", "balanced_accuracy", "nll",
-    "steps", "seconds", "code",
+    "pictures", "set", "seed", "network", "row", "view_size", "n", "accuracy",
+    "balanced_accuracy", "nll", "steps", "seconds", "code",
 )
 
 
@@ -119,11 +122,17 @@ def run(name, seed, network, row, args):
     flags = [*task.flags, *(flag for flag in flags if flag != "evenly")]
     if evenly and "--balance-classes" in flags:
         flags.remove("--balance-classes")
-    pictures = development_folder(name, seed, evenly, args)
-    home = Path(args.output) / name / f"seed_{seed}" / re.sub(r"\W+", "_", f"{network} {row}")
-    steps = round(STEPS[network] / TIMES[times])
+    home = Path(args.output) / name / f"seed_{seed}"
+    home /= re.sub(r"\W+", "_", f"{'test ' if args.test else ''}{network} {row}")
     rest = ["--seed", seed, "--overwrite"]
-    teach = ["train_teacher.py", "--data-dir", pictures, "--view-size", size, *rest]
+    if args.test:
+        pictures, steps = Path(args.data) / name, round(TEST_STEPS / TIMES[times])
+        teach = ["train_teacher.py", "--data-dir", pictures, "--group-regex", task.part]
+    else:
+        pictures = development_folder(name, seed, evenly, args)
+        steps = round(STEPS[network] / TIMES[times])
+        teach = ["train_teacher.py", "--data-dir", pictures]
+    teach += ["--view-size", size, *rest]
     recipe = [word for k, word in enumerate(flags) if "--view-recipe" in flags[max(0, k - 1):k + 1]]
     others = [word for word in flags if word not in recipe]
     if network == "cnn":
@@ -131,20 +140,26 @@ def run(name, seed, network, row, args):
         weights = Path(args.weights) / f"{CNN}.safetensors"
         call(*teach, "--model", CNN, "--weights", weights, "--steps", steps, "--output", home,
              *recipe, *others)
-        log = home / CNN / "log.csv"
+        model = home / CNN / "model.pt"
     else:  # an ensemble says which pictures and views; what its teacher knows is not used
         call(*teach, "--model", "test_resnet", "--steps", 1, "--output", home, *recipe)
         call("build_ensemble.py", home / "test_resnet" / "model.pt", "--views", 1, "--unlabelled",
              "none", "--output", home / "ensemble", *rest)
         call("distill.py", home / "ensemble", "--alpha", 0, "--weights", args.student_weights,
              "--steps", steps, "--output", home / "student", *others, *rest)
-        log = home / "student" / "log.csv"
-    last = read_rows(log)[-1]
-    n = sum(1 for file in (pictures / "val").rglob("*.*") if file.is_file())
-    scores = [last[f"val_{key}"] for key in ("accuracy", "balanced_accuracy", "nll")]
-    rounded = [round(float(value), 5) for value in scores]
-    found = [name, seed, network, row, size, n, *rounded, last["steps"], last["seconds"]]
-    append_rows(args.csv, FIELDS, [[*found, this_commit()]])
+        model = home / "student" / "model.pt"
+    last = read_rows(model.parent / "log.csv")[-1]
+    if args.test:
+        call("evaluate.py", model, "--skip-audit", "--output", home / "report")
+        report = load_json(home / "report" / "metrics.json")
+        scores = report["models"][model.as_posix()]["sets"]["test"]
+    else:
+        scores = {key.removeprefix("val_"): float(value) for key, value in last.items()}
+        scores["n"] = sum(1 for file in (pictures / "val").rglob("*.*") if file.is_file())
+    found = [round(scores[key], 5) for key in ("n", "accuracy", "balanced_accuracy", "nll")]
+    key = ["test" if args.test else "development", name, seed, network, row, size]
+    rest = [last["steps"], last["seconds"], this_commit()]
+    append_rows(args.csv, FIELDS, [[*key, *found, *rest]])
 
 
 def wanted_rows(name):
@@ -158,28 +173,28 @@ def wanted_rows(name):
 # -------------------------------------------------------------------------------------- tables
 
 
-def print_results(rows):
-    """A table per network: balanced accuracy of every row, and its difference to size 2x."""
+def print_results(rows, pictures, base_row):
+    """A table per network: balanced accuracy of every row, and its difference to the base."""
     for network in STEPS:
-        of_network = select(rows, network=network)
+        of_network = select(rows, network=network, pictures=pictures)
         sets = [name for name in TASKS if select(of_network, set=name)]
         if not sets:
             continue
-        print(f"\n{network}\n")
+        print(f"\n{network}, {pictures} pictures\n")
         lines = []
         for row in ROWS:
             cells = []
             for name in sets:
                 values = by_seed(of_network, name, row)
-                base = by_seed(of_network, name, "size 2x")
+                base = by_seed(of_network, name, base_row)
                 shared = sorted(set(values) & set(base))
                 cells.append(with_std([values[s] for s in values]) if values else "")
                 gains = [values[s] - base[s] for s in shared]
-                enough = len(gains) > 1 and row != "size 2x"
+                enough = len(gains) > 1 and row != base_row
                 cells.append(with_interval(np.mean(gains), half_width(gains)) if enough else "")
             if any(cells):
                 lines.append([row, *cells])
-        head = [text for name in sets for text in (name, "minus size 2x")]
+        head = [text for name in sets for text in (name, f"minus {base_row}")]
         print_table(["balanced accuracy, %", *head], lines)
 
 
@@ -200,6 +215,7 @@ def main():
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--output", default="runs/small_defects", help="working folder")
     p.add_argument("--csv", default="tests/benchmarks/small_defects.csv")
+    p.add_argument("--test", action="store_true", help="train as a user, score the test split")
     p.add_argument("--table", action="store_true", help="print the CSV's rows as tables")
     args = p.parse_args()
     if not args.table:
@@ -208,9 +224,11 @@ def main():
                 for network in args.networks:
                     for row in wanted_rows(name):
                         wanted = dict(set=name, seed=str(seed), network=network, row=row)
+                        wanted["pictures"] = "test" if args.test else "development"
                         if row in args.rows and not select(read_rows(args.csv), **wanted):
                             run(name, seed, network, row, args)
-    print_results(read_rows(args.csv))
+    print_results(read_rows(args.csv), "development", "size 2x")
+    print_results(read_rows(args.csv), "test", "a square of 1x")
 
 
 if __name__ == "__main__":
