@@ -40,6 +40,7 @@ EMBEDDED_STEPS = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # a few minutes
 EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes on two cores
 AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default view size
 OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
+STRIDE = 32  # px of a picture for one of a network's last features
 LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
 ORIENTATION = 0x0112  # EXIF tag; from 5 on width and height change places
 
@@ -72,8 +73,8 @@ def parse_arguments():
                    "the side of a square (default: the pictures' median shape, in whole steps of "
                    "16, with as many pixels as 128x128 or as they have; 64 for the embedded set)")
     g.add_argument("--img-size", type=cli.picture_size, metavar="HxW",
-                   help="px the models see, raised to whole patches (default: the view size, or a "
-                   "square of as many pixels for a model that takes no rectangle)")
+                   help="px the models see, raised to whole patches (default: the view size, or "
+                   "what is like it for a model that does not take it)")
     g.add_argument("--pooling", metavar="NAME",
                    help="timm's global_pool of the models, as avg or avgmax (default: its own)")
     g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
@@ -176,13 +177,18 @@ def check_name(name):
 
 
 def choose_img_size(name, view_size, asked):
-    """[H, W] that a model sees: what is asked for, or else the view size or a square like it."""
-    size = models.size_that_fits(name, asked or view_size)
-    square = size[0] == size[1]
-    if square and asked and asked[0] != asked[1]:
-        raise UserError(f"--img-size: {name} takes no rectangle; name a square, as {size[0]}")
-    if square and view_size[0] != view_size[1] and not asked:
-        print(f"{name} takes no rectangle: it sees the views squeezed to {px(size)}")
+    """[H, W] that a model sees: what is asked for, or what it takes that is like the view size.
+
+    Where the model has windows or halves its maps evenly, that is in whole steps of STRIDE; where
+    it has a place for each patch of a square, it is a square of about as many pixels.
+    """
+    if asked:
+        return models.size_that_fits(name, [asked])
+    whole = [-(-side // STRIDE) * STRIDE for side in view_size]
+    side = STRIDE * max(1, round(np.prod(view_size) ** 0.5 / STRIDE))
+    size = models.size_that_fits(name, [view_size, whole, [side, side]])
+    if size != view_size:
+        print(f"{name} does not take {px(view_size)}: it sees the views at {px(size)}")
     return size
 
 

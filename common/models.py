@@ -7,7 +7,6 @@ code: only plain data is stored, and `weights_only=True` reads it.
 import hashlib
 from contextlib import suppress
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import nn
 from common.files import UserError, check_checksum, checksummed, first_line, px, versions
 
 SCHEMA = 5
-SQUARE = 32  # px that the side of a square is a multiple of
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -53,15 +51,16 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None, pool
 
     classes: their number; img_size: [H, W] in px, raised to whole patches where the model cuts
     pictures into patches; weights: path of a file in timm's key names. Raises UserError when the
-    weights cannot be had or do not fit, or the model does not take img_size.
+    weights cannot be had or do not fit, or the model does not take img_size (`size_that_fits`
+    finds one that it takes).
     """
     try:
         return build_teacher(name, classes, img_size, pretrained, weights, pooling)
     except Exception as error:  # timm and the hub raise many kinds
         reason = first_line(error, 160)
-    if (pretrained or weights) and can_be_built(name, classes, img_size):
-        if weights:
-            raise UserError(f"--weights {weights} does not load into {name}: {reason}")
+    if weights:
+        raise UserError(f"--weights {weights} does not load into {name}: {reason}")
+    if pretrained:
         raise UserError(
             f"--pretrained: no weights for {name} ({reason}); without a network, "
             "download them elsewhere and give --weights FILE"
@@ -100,29 +99,18 @@ def create_backbone(name, img_size, options):
     return timm.create_model(name, **options)
 
 
-def size_that_fits(name, size):
-    """The [H, W] at which a timm model sees pictures of a size [H, W].
+def size_that_fits(name, sizes):
+    """The first of some sizes [H, W] that a timm model takes, raised to its whole patches.
 
-    In whole patches; a square of about as many pixels for a model that takes no rectangle, as with
-    windows or a position for each place. Raises UserError where it takes neither.
+    Raises UserError where it takes none of them.
     """
-    side = max(SQUARE, SQUARE * round(np.sqrt(np.prod(size)) / SQUARE))
     reasons = []
-    for each in (size, [side, side]):
+    for size in sizes:
         try:
-            return build_teacher(name, 2, each).img_size
+            return build_teacher(name, 2, size).img_size
         except Exception as error:  # timm raises many kinds
-            reasons.append(first_line(error, 160))
-    raise UserError(f"--model {name} at {px(size)}: {reasons[0]}; try another --img-size")
-
-
-def can_be_built(name, classes, img_size):
-    """Whether timm makes this model for pictures of this size, whatever its weights."""
-    try:
-        build_teacher(name, classes, img_size)
-    except Exception:
-        return False
-    return True
+            reasons.append(f"{name} at {px(size)}: {first_line(error, 160)}")
+    raise UserError(f"--model {reasons[0]}; try another --img-size")
 
 
 class Pooling(nn.Module):

@@ -204,12 +204,20 @@ def test_what_attends_is_told_by_its_heads_and_not_by_its_name():
     assert all(map(is_transformer, transformers))
 
 
-def test_a_size_that_a_model_cannot_take_is_not_blamed_on_its_weights(tmp_path):
-    (tmp_path / "w.pth").write_bytes(b"junk")
-    with pytest.raises(UserError, match="--model maxvit.* at 50 px: .*; try another --img-size"):
-        models.create_teacher("maxvit_nano_rw_256", 3, [50, 50], weights=tmp_path / "w.pth")
-    with pytest.raises(UserError, match="--weights .*w.pth does not load into test_resnet"):
-        models.create_teacher("test_resnet", 3, [50, 50], weights=tmp_path / "w.pth")
+def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
+    # any size; whole patches of 16; whole strides of 32, since it has windows; a square
+    seen = {"test_resnet": [80, 200], "test_vit": [80, 208], "coatnet_nano_rw_224": [96, 224],
+            "convit_tiny": [128, 128]}
+    for name, size in seen.items():
+        assert train_teacher.choose_img_size(name, [80, 200], None) == size
+        model = models.create_teacher(name, 3, size)
+        assert model.img_size == size
+        with torch.no_grad():
+            assert model.eval()(torch.zeros(2, 3, 80, 200)).shape == (2, 3)
+    said = capsys.readouterr().out
+    assert "convit_tiny does not take 80x200 px: it sees the views at 128 px" in said
+    with pytest.raises(UserError, match="--model convit_tiny at 80x208 px: .*--img-size"):
+        train_teacher.choose_img_size("convit_tiny", [80, 208], [80, 208])
 
 
 def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):

@@ -181,6 +181,24 @@ def bright_corner():
     return lambda frames: deployed(torch.from_numpy(frames)).numpy()
 
 
+@pytest.mark.parametrize("size, places, hottest", [
+    ((96, 240), (5, 12), (0, 11)), ((240, 96), (13, 4), (0, 3)), ((32, 1568), (1, 64), (0, 63)),
+])
+def test_a_rectangle_has_as_many_places_a_side_as_fit_its_shape(size, places, hottest):
+    judged = []
+
+    def bright_above_right(frames):
+        judged.append(len(frames))
+        p = 0.5 + frames[:, :12, -12:, 0].mean((1, 2)) / 600
+        return np.stack([1 - p, p], 1)
+
+    picture = np.zeros((*size, 3), np.uint8)
+    picture[:12, -12:] = 255
+    heat = infer.occlusion_map(bright_above_right, picture, 0)
+    assert heat.shape == places and sum(judged) == 1 + heat.size
+    assert np.unravel_index(heat.argmax(), heat.shape) == hottest
+
+
 def test_heat_lies_where_covering_the_picture_weakens_the_likeliest_defect():
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[4:12, 52:60] = 255

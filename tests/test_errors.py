@@ -116,6 +116,25 @@ def test_values_out_of_range(refused, tmp_path, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", [
+    "0x5", "x", "3x", "96x", "96x240x3", "31", "4097", "32x5000", "96*240", "",
+])
+def test_view_sizes_that_are_none(refused, tmp_path, size):
+    base = (train_teacher, *PARTS, "--output", tmp_path / "out")
+    assert "from 32 to 4096 px" in refused(*base, "--view-size", size)
+
+
+def test_a_size_that_a_teacher_cannot_take_is_refused_before_pictures_and_weights(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_teacher, "open_pictures", None)
+    (tmp_path / "w.pth").write_bytes(b"junk")
+    base = (train_teacher, "--data-dir", "parts", "--output", tmp_path / "out")
+    maxvit = (*base, "--model", "maxvit_nano_rw_256", "--weights", tmp_path / "w.pth")
+    error = refused(*maxvit, "--img-size", "48x80")
+    assert "--model maxvit_nano_rw_256 at 48x80 px" in error and "--img-size" in error
+
+
 def test_view_recipe_and_group_regex(refused, tmp_path):
     base = (train_teacher, *PARTS, "--output", tmp_path)
     assert "no such name" in refused(*base, "--view-recipe", "rotation=3")

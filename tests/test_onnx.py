@@ -140,7 +140,7 @@ def test_cut_flipped_and_foreign_files_are_refused_in_one_line(edge, tmp_path):
     wrong = onnx.load_from_string(whole)
     for entry in wrong.metadata_props:
         if entry.key == "metadata.json":
-            entry.value = entry.value.replace('"schema": 5', '"schema": 4')
+            entry.value = entry.value.replace('"schema": 6', '"schema": 5')
     foreign = {
         "cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "text": b"no" * 99,
         "unchecked": bare.SerializeToString(),

@@ -8,7 +8,7 @@ import build_ensemble
 import distill
 import train_teacher
 from common.training import batch_of_step
-from common.views import ViewRecipe, mix, render, uniform
+from common.views import ViewRecipe, mix, render, uniform, warp
 
 RECIPE = ViewRecipe()
 STILL = dict(zoom_min=1, zoom_max=1, shift=0, rotate=0, flip=0, brightness=0, contrast=0, tint=0)
@@ -68,6 +68,45 @@ def test_still_recipe_returns_the_picture_and_both_flips_turn_it_upside_down():
     assert torch.allclose(render(x, [0, 1], [1, 1], 0, ViewRecipe(**STILL)), plain, atol=1e-2)
     flipped = render(x, [0, 1], [1, 1], 0, ViewRecipe(**{**STILL, "flip": 1}))
     assert torch.allclose(flipped, plain.flip(2, 3), atol=1e-2)
+
+
+def test_a_turn_of_a_rectangle_does_not_shear():
+    # A round spot stays round at every angle; turned in coordinates that run from -1 to 1 along
+    # both sides, it would become an ellipse.
+    y, x = np.ogrid[-29.5:30, -59.5:60]
+    spot = torch.from_numpy(255 * np.exp(-(x**2 + y**2) / 200)).to(torch.uint8)
+    pictures = spot[None, :, :, None].repeat(40, 1, 1, 3)
+    turned = render(pictures, range(40), [1] * 40, 0, ViewRecipe(**{**STILL, "rotate": 180}))
+    inside = torch.from_numpy(x**2 + y**2 < 29**2)  # beyond, a turn looks past the short side
+    assert (turned - spot)[:, :, inside].abs().max() < 4
+
+
+def test_a_quarter_turn_of_a_rectangle_moves_a_point_as_far_as_it_was_from_the_middle():
+    x = torch.zeros(1, 41, 81, 3, dtype=torch.uint8)
+    x[0, 20, 55] = 255  # 15 px right of the middle
+    u = np.full((1, 11), 0.5)
+    u[0, 0] = 1.0  # the whole angle
+    m = warp(u, ViewRecipe(**{**STILL, "rotate": 90}), 41, 81)[0].reshape(2, 3)
+    # output 15 px above or below the middle, in coordinates of -1 to 1, looks at that point
+    source = m @ [0, -15 / 20.5, 1]
+    assert np.allclose(source * [40.5, 20.5], [15, 0], atol=1e-9)
+
+
+def test_a_shift_is_as_many_pixels_in_both_directions():
+    u = np.ones((1, 11))
+    recipe = ViewRecipe(**{**STILL, "shift": 0.1})
+    for height, width in ((80, 200), (200, 80), (64, 64)):
+        m = warp(u, recipe, height, width)[0]
+        pixels = m[2] * width / 2, m[5] * height / 2
+        assert np.allclose(pixels, 0.1 * min(height, width) / 2)
+
+
+def test_squares_keep_the_pixels_that_they_had():
+    # As rendered before views had two sides (commit 87931ae).
+    x = torch.arange(2 * 8 * 8 * 3).reshape(2, 8, 8, 3).to(torch.uint8)
+    views = render(x, [3, 4], [1, 2], 7, RECIPE)
+    found = [views[0, 0, 0, 0], views[0, 1, 3, 4], views[1, 2, 7, 7], views.mean()]
+    assert [round(float(value), 3) for value in found] == [0.0, 71.206, 217.296, 107.172]
 
 
 def test_contrast_turns_about_the_mean_and_brightness_shifts_it():
