@@ -239,8 +239,8 @@ def occlusion_map(student, frame, good):
 
     Each place in turn is blurred away, softly, and what that takes from log p(defect) - log p(good)
     counts (occlusion, Zeiler and Fergus 2014). The defect is the likeliest class that is not number
-    `good` (None for none); 2 nats count as 1. h * w is at most 64, 8 x 8 of a square. Costs a
-    picture through the student for each place, and one.
+    `good` (None for none); 2 nats count as 1. There are at most 64 places, of a square 8 x 8, and
+    each costs a picture through the student.
     """
     height, width, _ = frame.shape
     rows = min(64, max(1, round(8 * (height / width) ** 0.5)))
@@ -260,9 +260,9 @@ def occlusion_map(student, frame, good):
 
 
 def bell_curves(size, places):
-    """float32 [places, size]: along a side of `size` px one about each place, 1 at its centre."""
+    """float32 [places, size]: of each place along a side one curve, 1 at its centre."""
     pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
-    return np.exp(-(((pixel - place[:, None]) / (2.4 / places)) ** 2))
+    return np.exp(-(((pixel - place[:, None]) * places / 2.4) ** 2))
 
 
 class Judge:

@@ -2,6 +2,7 @@
 
     pip install onnx onnxscript onnxruntime openvino     # for --onnx and for the other rows
     python tests/benchmarks/edge_speed.py --turns 10     # 4 minutes on two idle cores
+    python tests/benchmarks/edge_speed.py --sizes 96x240 152   # int8 alone, a thread, a row each
 
 A ResNet18 at 224 px (weights do not matter for time, so it is untrained), batch 1, a 640x480 uint8
 frame in, probabilities out, with 2 threads and with 1. All contenders take turns in one process per
@@ -27,6 +28,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from timeit import repeat
 
 import numpy as np
 import torch
@@ -36,9 +38,10 @@ from torch import nn
 from torchvision import transforms
 
 from common import cli, export, export_onnx, models
+from common.files import px
 from infer import load_student, resize
 
-SIDE, CLASSES = 224, 6
+SIZE, CLASSES = [224, 224], 6
 FRAME = (480, 640, 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CAPPED = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -52,29 +55,30 @@ FRAMES_PER_TURN = 4  # the first of which finds cold caches, and is not counted
 # --------------------------------------------------------------------------------------- files
 
 
-def untrained_student():
+def untrained_student(size=(224, 224)):
     """A ResNet18 `Classifier` whose norms have seen pictures: else activations would explode."""
     torch.manual_seed(0)
-    student = models.create_student(CLASSES, SIDE).train()
+    student = models.create_student(CLASSES, size).train()
     with torch.no_grad():
         for _ in range(4):
-            student(torch.rand(8, 3, SIDE, SIDE) * 255)
+            student(torch.rand(8, 3, *size) * 255)
     return student.eval()
 
 
 def write_files(student, folder, onnx):
     """The product's own files: two of TorchScript and, where wanted, two of ONNX."""
-    views = [torch.rand(8, 3, SIDE, SIDE) * 255 for _ in range(4)]
+    views = [torch.rand(8, 3, *student.img_size) * 255 for _ in range(4)]
     about = {
         "schema": export.SCHEMA,
         "classes": [str(k) for k in range(CLASSES)],
         "good_class": None,
         "operating_point": None,
-        "view_size": SIDE,
+        "view_size": student.img_size,
         "white_level": 65535,
         "temperature": 1.0,
     }
-    for name, network in export.networks_of(student, lambda: views, SIDE, onnx):
+    plain = export.Deployed(student, export.float_trunk(student), student.img_size)
+    for name, network in export.networks_of(student, plain, lambda: views, onnx):
         precision = "int8" if ".int8" in name else "float32"
         network.save({**about, "precision": precision}, folder / name)
 
@@ -91,7 +95,7 @@ def eager(student):
     """{name: function} of the model as a training script leaves it."""
     transform = transforms.Compose([
         transforms.ToPILImage(),
-        transforms.Resize((SIDE, SIDE)),
+        transforms.Resize(SIZE),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
@@ -111,10 +115,10 @@ class Nothing(nn.Module):
 
 def all_but_the_network(student):
     """A student.ts without its network."""
-    empty = export.Deployed(student, Nothing(), SIDE).eval()
+    empty = export.Deployed(student, Nothing(), SIZE).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit")
-        module = torch.jit.script(empty)
+        module = torch.jit.freeze(torch.jit.script(empty))
     return torch.inference_mode()(lambda frame: module(torch.from_numpy(frame)))
 
 
@@ -130,14 +134,14 @@ def openvino_runtime(folder, threads):
     }
     for name in ONNX:
         model = core.read_model(folder / name)
-        model.reshape([1, SIDE, SIDE, 3])
+        model.reshape([1, *SIZE, 3])
         compiled = core.compile_model(model, "CPU", config)
         functions[f"OpenVINO, {name}"] = partial(run_compiled, compiled)
     return functions
 
 
 def run_compiled(compiled, frame):
-    return compiled([resize(frame, SIDE)[None]])[0]
+    return compiled([resize(frame, SIZE)[None]])[0]
 
 
 def contenders(folder, threads, own_only):
@@ -150,7 +154,7 @@ def contenders(folder, threads, own_only):
         functions[name] = load_student(folder / name, threads=threads)[0]
     functions["student.ts, all but the network"] = all_but_the_network(student)
     if onnx:
-        functions["resize of infer.py, for student.onnx"] = partial(resize, side=SIDE)
+        functions["resize of infer.py, for student.onnx"] = partial(resize, view_size=SIZE)
         if find_spec("openvino"):
             functions |= openvino_runtime(folder, threads)
     return functions
@@ -219,13 +223,34 @@ def measure(threads, turns, own_only):
     times = {name: [] for name in functions}
     for turn in range(1 + turns):  # the first is not counted
         for name, run in functions.items():
-            for repeat in range(FRAMES_PER_TURN):
+            for number in range(FRAMES_PER_TURN):
                 start = time.perf_counter()
                 run(frame)
-                if turn and repeat:
+                if turn and number:
                     times[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {"ms": medians, "engine": torch.backends.quantized.engine}
+
+
+def print_sizes(sizes, turns):
+    """The int8 file at several sizes in turns, one thread."""
+    torch.set_num_threads(1)
+    frame, students = np.random.default_rng(0).integers(0, 256, FRAME, dtype=np.uint8), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            write_files(untrained_student(size), Path(folder), False)
+            students[px(size)] = load_student(Path(folder) / REFERENCE, threads=1)[0]
+    times = {name: [] for name in students}
+    for _ in range(turns):
+        for name, run in students.items():
+            run(frame)  # finds cold caches
+            times[name] += repeat(lambda run=run: run(frame), number=1, repeat=FRAMES_PER_TURN - 1)
+    rows = []
+    for name, size in zip(times, sizes):
+        ms = 1e3 * statistics.median(times[name])
+        rows.append([name, f"{np.prod(size)}", f"{ms:.2f}"])
+    print_table(["view size", "pixels", f"{REFERENCE}, 1 thread, ms"], rows)
+    print(f"\nmedians of {len(times[name])} frames of 640x480; {machine()}")
 
 
 def measure_apart(threads, turns, own_only, environment):
@@ -242,11 +267,17 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--turns", type=cli.positive_int, default=20,
                    help=f"times each contender gets its turn of {FRAMES_PER_TURN} frames")
+    p.add_argument("--sizes", type=cli.picture_size, nargs="+", metavar="HxW",
+                   help="instead, compare the int8 file at these sizes")
     p.add_argument("--part", nargs=2, type=int, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.part:
         threads, own_only = args.part
         print(json.dumps(measure(threads, args.turns, own_only)))
+        return
+
+    if args.sizes:
+        print_sizes(args.sizes, args.turns)
         return
 
     missing = [name for name in PACKAGES if find_spec(name) is None]

@@ -55,8 +55,9 @@ class Steps:
 
     def __init__(self, args, pictures, cache):
         self.pictures, self.cache, self.device = pictures, cache, torch.device(args.device)
-        self.teachers = [self.place(create_teacher(n, CLASSES, args.side)) for n in args.teachers]
-        self.student = self.place(create_student(CLASSES, args.side)).train()
+        size = [args.side, args.side]
+        self.teachers = [self.place(create_teacher(n, CLASSES, size)) for n in args.teachers]
+        self.student = self.place(create_student(CLASSES, size)).train()
         groups = param_groups_weight_decay(self.student.backbone, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
 

@@ -57,6 +57,7 @@ from common.pictures import WHITE_LEVEL, DecodedCache, decode_file, resize
 ONNX = all(map(find_spec, export_onnx.PACKAGES))  # else its rows are left out
 LIMIT = 30  # s over one file, after which its process is ended
 MEMORY = 4 * 2**30  # bytes of address space that a process may take beyond its start
+VIEW_SIZE = [32, 32]
 SIZE = (37, 29)  # px; numbers that are easily found in a header
 VALUES = (0, 1, 2, 255, 4096, 8900, 32767, 65535, 100_000, 2**31 - 1, 2**32 - 1)  # for a size
 FOREIGN = (  # how files of other programs begin, which Pillow knows as well
@@ -246,11 +247,11 @@ def picture_checker(name):
         except Exception:
             ours = None
         middle = time.perf_counter()
-        theirs = decode_file(path, hashlib.sha256(content).hexdigest(), 32, WHITE_LEVEL)[0]
+        theirs = decode_file(path, hashlib.sha256(content).hexdigest(), VIEW_SIZE, WHITE_LEVEL)[0]
         seconds = max(middle - start, time.perf_counter() - middle)
         if ours is None:
             return None, None, theirs, seconds
-        return ours, resize(torch.from_numpy(ours), 32), theirs, seconds
+        return ours, resize(torch.from_numpy(ours), VIEW_SIZE), theirs, seconds
 
     original = read(drawn[name])[0]
 
@@ -277,13 +278,14 @@ def make_files():
     call("train_teacher.py", "--data-dir", "parts", "--view-size", 32, "--model", "test_resnet",
          "--steps", 1, "--device", "cpu")
     call("build_ensemble.py", "--views", 2, "--device", "cpu")
-    normal = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "img_size": 32}
+    normal = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "img_size": VIEW_SIZE}
     network = SimpleNamespace(backbone=SimpleNamespace(fc=nn.Linear(4, 3)), **normal)
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-    deployed = export.Deployed(network, trunk, view_size=32)
+    deployed = export.Deployed(network, trunk, view_size=VIEW_SIZE)
     metadata = {
         "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_class": "good",
-        "view_size": 32, "img_size": 32, "white_level": WHITE_LEVEL, "precision": "float32",
+        "view_size": VIEW_SIZE, "img_size": VIEW_SIZE, "white_level": WHITE_LEVEL,
+        "precision": "float32",
         "operating_point": {"threshold": 0.5, "target": {"max_miss_rate": 0.05}},
         "temperature": 1.0, "parameters": 127,
     }
@@ -324,7 +326,7 @@ def decoded():
     """The decoded training pictures; UserError where they had to be made again."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        train = DecodedCache(cli.CACHE).open(Path("parts/train"), 32)
+        train = DecodedCache(cli.CACHE).open(Path("parts/train"), VIEW_SIZE)
     content = [np.array(train.images), train.paths, train.digests, train.sizes, train.bad]
     return remade(content, "decoded" in said.getvalue())
 

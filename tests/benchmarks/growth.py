@@ -64,14 +64,14 @@ PASS_OVER = {"train_teacher.py": 0.4, "distill.py": 0.65}  # shares of the pictu
 def decode():
     """Every picture into the cache."""
     for name in ("train", "unlabelled", "test"):
-        DecodedCache(cli.CACHE).open(Path("parts") / name, SIDE)
+        DecodedCache(cli.CACHE).open(Path("parts") / name, [SIDE, SIDE])
 
 
 def leaks():
     """What every stage does first, and the search for test pictures among the training ones."""
     cache = DecodedCache(cli.CACHE)
     train, val, dataset = splits.open_training(cache, {
-        "dir": "parts", "view_size": SIDE, "white_level": WHITE_LEVEL, "val_fraction": 0.2,
+        "dir": "parts", "view_size": [SIDE, SIDE], "white_level": WHITE_LEVEL, "val_fraction": 0.2,
         "group_regex": None, "dropped": [],
     })
     cli.lap("hashing and split")

@@ -20,6 +20,7 @@ from PIL import Image
 from common import cli
 from common.fasteners import CLASSES
 from common.fasteners.drawing import draw
+from common.files import px
 from infer import OPACITY, RED, load_student, occlusion_map, resize
 
 SEED, SPLIT = 77, 0
@@ -104,7 +105,7 @@ def measure(path, count):
         cells = score(parts) if len(parts) > 1 else ["", "", ""]
         rows.append([name, f"{len(parts)} of {count}", *cells])
         shown += parts[:SHOWN]
-    print(f"\n{path}: view size {metadata['view_size']} px, {metadata['precision']}\n")
+    print(f"\n{path}: view size {px(metadata['view_size'])}, {metadata['precision']}\n")
     print_table([
         "class", "named", "pixel AUROC", "of another picture's map", "defect covers, % of picture",
     ], rows)

@@ -1,7 +1,7 @@
 """Near-duplicates: how many planted ones the audit finds, how often it is wrong, what it costs.
 
     python tests/benchmarks/near_duplicates.py --sets DIR [DIR ...]     # a minute a set
-    python tests/benchmarks/near_duplicates.py --sets data/fasteners --side 64
+    python tests/benchmarks/near_duplicates.py --sets data/fasteners --view-size 64
     python tests/benchmarks/near_duplicates.py --scale 1000 10000       # seconds; 100000 takes 10 s
     python tests/benchmarks/near_duplicates.py --sets DIR --imagededup  # beside that package
 
@@ -26,8 +26,15 @@ from bench import machine, print_table
 from PIL import Image, ImageEnhance
 
 from common import cli
-from common.audit.near_duplicates import FINE, LIKENESS, ROUGH, exact_copies, near_duplicates
-from common.files import UserError
+from common.audit.near_duplicates import (
+    FINE,
+    LIKENESS,
+    ROUGH,
+    exact_copies,
+    near_duplicates,
+    shows_detail,
+)
+from common.files import UserError, px
 from common.pictures import Decoded, Pictures, list_pictures, resize
 from infer import read_picture
 
@@ -102,14 +109,14 @@ def read(folder):
     return [Image.fromarray(read_picture(folder / path)) for path in list_pictures(folder)]
 
 
-def as_pictures(images, side):
-    """PIL images as the decoded cache would hold them."""
-    resized = [resize(torch.from_numpy(np.array(image)), side).numpy() for image in images]
+def as_pictures(images, size):
+    """PIL images as the decoded cache would hold them at [H, W]."""
+    resized = [resize(torch.from_numpy(np.array(image)), size).numpy() for image in images]
     return in_memory(np.stack(resized))
 
 
 def in_memory(pixels):
-    """`Pictures` of an array uint8 [N, S, S, 3]."""
+    """`Pictures` of an array uint8 [N, H, W, 3]."""
     return Pictures.of(Decoded(Path("made"), pixels, [""] * len(pixels), [], [], {}, ""))
 
 
@@ -133,17 +140,17 @@ def search(earlier, later, lowest):
     return {i - len(earlier): (j, likeness) for i, j, likeness in pairs}, seconds
 
 
-def measure(folder, side, imagededup):
+def measure(folder, size, imagededup):
     """Print the table of one set, a row per threshold."""
     train, test = read(folder / "train"), read(folder / "test")
     originals, kinds, copies = plant(train, np.random.default_rng(0))
     fresh = without_copies(train, test)
-    in_use = LIKENESS[FINE if side >= FINE else ROUGH]
+    in_use = LIKENESS[FINE if shows_detail(size) else ROUGH]
     thresholds = sorted({*THRESHOLDS, in_use})
 
-    earlier = as_pictures(train, side)
-    planted, seconds = search(earlier, as_pictures(copies, side), thresholds[0])
-    alike, its_seconds = search(earlier, as_pictures(fresh, side), thresholds[0])
+    earlier = as_pictures(train, size)
+    planted, seconds = search(earlier, as_pictures(copies, size), thresholds[0])
+    alike, its_seconds = search(earlier, as_pictures(fresh, size), thresholds[0])
 
     rows = []
     for threshold in thresholds:
@@ -156,7 +163,7 @@ def measure(folder, side, imagededup):
         row = [title, *(f"{100 * share:.0f}" for share in shares)]
         rows.append([*row, f"{100 * named / len(fresh):.1f}"])
     print(
-        f"\n{folder.name}: {len(train)} earlier pictures at {side} px, {len(copies)} planted "
+        f"\n{folder.name}: {len(train)} earlier pictures at {px(size)}, {len(copies)} planted "
         f"copies, {len(fresh)} test pictures; {seconds + its_seconds:.1f} s\n"
     )
     print_table(["found, %, by likeness", "all", *CHANGES, "test pictures named, %"], rows)
@@ -214,8 +221,8 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--sets", nargs="+", type=Path, default=[], metavar="DIR",
                    help="ImageFolders with train/ and test/")
-    p.add_argument("--side", type=cli.positive_int, default=224,
-                   help="px at which pictures are compared")
+    p.add_argument("--view-size", type=cli.picture_size, default=[224, 224], metavar="HxW",
+                   help="px at which pictures are compared (default: 224)")
     p.add_argument("--scale", nargs="+", type=cli.positive_int, default=[], metavar="N",
                    help="numbers of made pictures to measure time and memory with")
     p.add_argument("--imagededup", action="store_true", help="the package imagededup as well")
@@ -223,7 +230,7 @@ def main():
     if args.imagededup and find_spec("imagededup") is None:
         raise UserError("--imagededup: the package imagededup is not installed")
     for folder in args.sets:
-        measure(folder, args.side, args.imagededup)
+        measure(folder, args.view_size, args.imagededup)
     for n in args.scale:
         measure_scale(n)
     print(f"\n{machine()}")

@@ -43,7 +43,7 @@ def tile(judge, file, font):
     picture = read_picture(file)
     verdict = judge(file, picture)
     decision, true = verdict["decision"], file.parent.name
-    evidence = occlusion_map(judge.student, resize(picture, judge.side), judge.good)
+    evidence = occlusion_map(judge.student, resize(picture, judge.view_size), judge.good)
     if decision == "PASS":
         evidence = np.zeros_like(evidence)
 
