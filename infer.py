@@ -175,8 +175,8 @@ def load_student(path, sha256=None, threads=None):
         student, metadata = load(data, threads)
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
-        frame = np.zeros((*metadata["view_size"], 3), np.uint8)
-        Judge(student, metadata)(Path(), frame)  # wrong types fail
+        height, width = metadata["view_size"]
+        Judge(student, metadata)(Path(), np.zeros((height, width, 3), np.uint8))  # wrong types fail
         json.dumps(metadata, indent=1)  # as does what is nested too deep for --info
         return student, metadata
     except ModuleNotFoundError as error:
