@@ -24,8 +24,10 @@ WORTH = 0.7  # correlation, or likeness at the rough size, from which a finer lo
 ROUGH, FINE = 64, 128  # px at which detail is compared
 CROPS = {ROUGH: [1 - k / 40 for k in range(5)], FINE: [1 - k / 80 for k in range(9)]}  # of the size
 SHIFT = 0.1  # of the size, the largest between two copies
-# Of copies, at least (tests/benchmarks/near_duplicates.py): like screws in one pose reach 0.75
-LIKENESS = {ROUGH: 0.85, FINE: 0.76}
+ENOUGH = 0.85  # share of FINE that a picture needs: the default view size rounds both sides
+FLOOR = 0.3  # of the mean amplitude
+# Of copies, at least (tests/benchmarks/near_duplicates.py): of pictures that show detail, and else
+LIKENESS = {FINE: 0.60, ROUGH: 0.70}
 
 
 def exact_copies(digests, begin):
@@ -45,8 +47,9 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
     out. Time: 130 operations per pair of pictures for the candidates (10 s for 50,000 against as
     many), 1 to 12 ms for each i that has one which looks alike. Memory: 1.3 kB per picture.
     """
-    sizes = [ROUGH, FINE] if shows_detail(pictures.view_size) else [ROUGH]
-    threshold = threshold or LIKENESS[sizes[-1]]
+    large = np.prod(pictures.view_size) ** 0.5 > ENOUGH * FINE
+    sizes = [ROUGH, FINE] if large else [ROUGH]
+    threshold = threshold or likeness_of_copies(pictures.view_size)
     everything = BatchSampler(range(len(pictures)), BLOCK, drop_last=False)
     thumbnails = torch.cat([grey(pictures, block, COARSE) for block in everything])
     thumbnails = F.layer_norm(thumbnails, (COARSE, COARSE)) / COARSE  # of mean 0 and length 1
@@ -82,9 +85,13 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
 
 
 def shows_detail(view_size):
-    """Whether pictures of [H, W] px can be compared at the fine size: whether they have about as
-    many pixels, since the default view size rounds both sides."""
-    return np.prod(view_size) ** 0.5 > 0.9 * FINE
+    """Whether pictures of [H, W] px have about as many pixels as the fine size, either way."""
+    return min(view_size) > ENOUGH * FINE
+
+
+def likeness_of_copies(view_size):
+    """From which likeness on pictures of [H, W] px are called copies."""
+    return LIKENESS[FINE if shows_detail(view_size) else ROUGH]
 
 
 def grey(pictures, indices, size):
@@ -129,20 +136,34 @@ def likeness(pictures, references, crops=(1.0,)):
     shifts = torch.arange(-reach, reach)
     both = torch.cat([pictures, references])[:, None]
     whole = torch.eye(2, 3).expand(len(both), 2, 3)
-    whole_a, whole_b = torch.fft.fft2(detail(both[:, 0])).chunk(2)
+    whole_a, whole_b = spectrum(both[:, 0]).chunk(2)
     best = torch.zeros(len(pictures))
     for share in crops:
         grid = F.affine_grid(share * whole, both.shape, align_corners=False)
         middle = F.grid_sample(both, grid, padding_mode="border", align_corners=False)
-        middle_a, middle_b = torch.fft.fft2(detail(middle[:, 0])).chunk(2)
+        middle_a, middle_b = spectrum(middle[:, 0]).chunk(2)
         for a, b in ((middle_a, whole_b), (whole_a, middle_b)):
             correlation = torch.fft.ifft2(a * b.conj()).real[:, shifts][:, :, shifts]
             best = torch.maximum(best, correlation.amax((-2, -1)))
     return best
 
 
+def spectrum(pictures):
+    """Fourier transform of their `detail`, whitened halfway, of mean square 1: complex [P, S, S].
+
+    A thread or a brushed face repeats itself: a few frequencies hold most of its energy, and those
+    are the same for every part of a design. Phase correlation (Kuglin and Hines 1975) counts all
+    frequencies alike, and then noise decides; the root of the amplitude lies between. FLOOR keeps
+    those low that an enlarged picture does not have.
+    """
+    f = torch.fft.fft2(detail(pictures))
+    amplitude = f.abs()
+    f = f / (amplitude + FLOOR * amplitude.mean((-2, -1), keepdim=True) + 1e-6).sqrt()
+    return f / f.abs().square().mean((-2, -1), keepdim=True).sqrt()
+
+
 def detail(pictures):
-    """What is finer than a few pixels in pictures [P, S, S], as strong everywhere, of length 1.
+    """What is finer than a few pixels in pictures [P, S, S], as strong everywhere.
 
     Outlines are the same for all parts of a kind, so grain and dirt should count as much.
     """
@@ -153,7 +174,7 @@ def detail(pictures):
     even = fine / ((wide @ (fine.square() @ wide.T)).sqrt() + 1.0)
     centred = even - even.mean((-2, -1), keepdim=True)
     fade = torch.hann_window(size, periodic=False).sqrt()
-    return F.normalize((centred * fade[:, None] * fade).flatten(1)).view_as(pictures)
+    return centred * fade[:, None] * fade
 
 
 @cache

@@ -26,20 +26,13 @@ from bench import machine, print_table
 from PIL import Image, ImageEnhance
 
 from common import cli
-from common.audit.near_duplicates import (
-    FINE,
-    LIKENESS,
-    ROUGH,
-    exact_copies,
-    near_duplicates,
-    shows_detail,
-)
+from common.audit.near_duplicates import exact_copies, likeness_of_copies, near_duplicates
 from common.files import UserError, px
 from common.pictures import Decoded, Pictures, list_pictures, resize
 from infer import read_picture
 
 PLANTED = 210  # at most
-THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)  # of the likeness, beside the one in use
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)  # of the likeness, beside the one in use
 
 
 # ------------------------------------------------------------------------ planted near-duplicates
@@ -145,7 +138,7 @@ def measure(folder, size, imagededup):
     train, test = read(folder / "train"), read(folder / "test")
     originals, kinds, copies = plant(train, np.random.default_rng(0))
     fresh = without_copies(train, test)
-    in_use = LIKENESS[FINE if shows_detail(size) else ROUGH]
+    in_use = likeness_of_copies(size)
     thresholds = sorted({*THRESHOLDS, in_use})
 
     earlier = as_pictures(train, size)
