@@ -24,7 +24,7 @@ WORTH = 0.7  # correlation, or likeness at the rough size, from which a finer lo
 ROUGH, FINE = 64, 128  # px at which detail is compared
 CROPS = {ROUGH: [1 - k / 40 for k in range(5)], FINE: [1 - k / 80 for k in range(9)]}  # of the size
 SHIFT = 0.1  # of the size, the largest between two copies
-ENOUGH = 0.85  # share of FINE that a picture needs: the default view size rounds both sides
+ENOUGH = 0.9  # share of FINE that a picture needs: the default view size rounds both sides
 FLOOR = 0.3  # of the mean amplitude
 # Of copies, at least (tests/benchmarks/near_duplicates.py): of pictures that show detail, and else
 LIKENESS = {FINE: 0.60, ROUGH: 0.70}
