@@ -229,8 +229,8 @@ def default_view_size(folder):
     paths, sizes = list_pictures(folder / "train"), []
     for path in paths[:: max(1, len(paths) // 100)]:
         with suppress(Exception), Image.open(folder / "train" / path, formats=FORMATS) as image:
-            lies = image.getexif().get(ORIENTATION, 1) > 4
-            sizes.append(image.size if lies else image.size[::-1])
+            turned = image.getexif().get(ORIENTATION, 1) > 4
+            sizes.append(image.size if turned else image.size[::-1])
     # What cannot be read is listed when all are decoded.
     size = np.median(sizes or [(128, 128)], axis=0)
     share = min(1, (AREA / size.prod()) ** 0.5)
@@ -242,18 +242,22 @@ def size_lines(sizes, view_size):
     """What the views keep of the pictures, in words. sizes: (width, height, ...) of each."""
     height, width = view_size
     theirs = np.array([row[:2] for row in sizes])
-    median = np.median(theirs, axis=0).astype(int)
+    median = np.median(theirs, axis=0)
+    pictures, reduced = "pictures of {:.0f} x {:.0f} px (median)".format(*median), "are not reduced"
     factor = max(median / (width, height))
-    line = f"pictures of {median[0]} x {median[1]} px (median) "
     if factor > 1:
-        line += (f"are reduced to {width} x {height}: a defect under {np.ceil(LOST * factor):.0f} "
-                 f"px is then under {LOST}, and lost; --view-size keeps more")
-    yield line if factor > 1 else f"{line}are not reduced"
-    shape = theirs[:, 0] / theirs[:, 1] * height / width
-    other = int((np.maximum(shape, 1 / shape) > OTHER_SHAPE).sum())
-    if other:
-        yield (f"{other} of {len(theirs)} pictures have another shape by a factor of more than "
-               f"{OTHER_SHAPE}; they are squeezed")
+        reduced = (
+            f"are reduced to {width} x {height}: a defect under {np.ceil(LOST * factor):.0f} px "
+            f"is then under {LOST}, and lost; --view-size keeps more"
+        )
+    yield f"{pictures} {reduced}"
+    stretch = theirs[:, 0] / theirs[:, 1] * height / width
+    squeezed = int((np.maximum(stretch, 1 / stretch) > OTHER_SHAPE).sum())
+    if squeezed:
+        yield (
+            f"{squeezed} of {len(theirs)} pictures have another shape than the views, by a factor "
+            f"of more than {OTHER_SHAPE}, and are squeezed"
+        )
 
 
 def create(number, dataset, img_size, args):

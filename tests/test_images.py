@@ -172,7 +172,7 @@ def test_views_say_what_they_lose_and_whom_they_squeeze():
     sizes = [(640, 260, 9)] * 8 + [(260, 640, 9)] * 2 + [(640, 640, 9)]
     lost, squeezed = train_teacher.size_lines(sizes, [80, 208])
     assert "640 x 260 px (median) are reduced to 208 x 80: a defect under 10 px" in lost
-    assert squeezed.startswith("3 of 11 pictures have another shape")
+    assert squeezed.startswith("3 of 11 pictures have another shape than the views")
     (whole,) = train_teacher.size_lines(sizes[:1], [260, 640])
     assert "640 x 260 px (median) are not reduced" in whole
 
