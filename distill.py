@@ -68,8 +68,6 @@ def parse_arguments():
                    help="the unlabelled pictures' folder (default: likewise)")
     g.add_argument("--img-size", type=cli.picture_size,
                    help="px the student sees, N or HxW (default: the view size)")
-    g.add_argument("--pooling", choices=["mean", "meanmax", "gem"], default="mean",
-                   help="of the features before the head (default: %(default)s)")
     cli.add_training_flags(p)
 
     g = p.add_argument_group("export; with --resume a finished student is exported again")
@@ -183,8 +181,7 @@ def create(dataset, args):
     """The student and its AdamW parameter groups."""
     torch.manual_seed(args.seed)
     img_size = args.img_size or dataset["view_size"]
-    model = models.create_student(len(dataset["classes"]), img_size, args.pretrained, args.weights,
-                                  args.pooling)
+    model = models.create_student(len(dataset["classes"]), img_size, args.pretrained, args.weights)
     return model, param_groups_weight_decay(model.backbone, args.weight_decay)
 
 

@@ -75,8 +75,6 @@ def parse_arguments():
     g.add_argument("--img-size", type=cli.picture_size, metavar="HxW",
                    help="px the models see, raised to whole patches (default: the view size, or "
                    "what is like it for a model that does not take it)")
-    g.add_argument("--pooling", metavar="NAME",
-                   help="timm's global_pool of the models, as avg or avgmax (default: its own)")
     g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
                    help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
     g.add_argument("--val-fraction", type=cli.open_fraction, default=0.2,
@@ -269,7 +267,6 @@ def create(number, dataset, img_size, args):
         img_size,
         args.pretrained,
         args.weights[number] if args.weights else None,
-        args.pooling,
     )
     if not (args.pretrained or args.weights):
         return model, parameter_groups(model, args.weight_decay)

@@ -48,7 +48,6 @@ class Deployed(nn.Module):
         """
         super().__init__()
         self.trunk, self.view_size, self.img_size = trunk, view_size, classifier.img_size
-        self.pool = classifier.backbone.avgpool
         head = classifier.backbone.fc
         self.register_buffer("mean", classifier.mean.clone())
         self.register_buffer("std", classifier.std.clone())
@@ -73,7 +72,7 @@ class Deployed(nn.Module):
             pixels = F.interpolate(pixels, size=self.img_size, mode="bilinear", antialias=True)
         normalised = (pixels - self.mean) / self.std
         features = self.trunk(normalised.contiguous(memory_format=torch.channels_last))
-        return F.linear(self.pool(features).flatten(1), self.weight, self.bias)
+        return F.linear(features.mean([2, 3]), self.weight, self.bias)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """float32 [B, K], rows summing to 1."""

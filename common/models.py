@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         return self.backbone(self.normalise(pixels))
 
 
-def create_teacher(name, classes, img_size, pretrained=False, weights=None, pooling=None):
+def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
     classes: their number; img_size: [H, W] in px, raised to whole patches where the model cuts
@@ -55,7 +55,7 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None, pool
     finds one that it takes).
     """
     try:
-        return build_teacher(name, classes, img_size, pretrained, weights, pooling)
+        return build_teacher(name, classes, img_size, pretrained, weights)
     except Exception as error:  # timm and the hub raise many kinds
         reason = first_line(error, 160)
     if weights:
@@ -68,11 +68,9 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None, pool
     raise UserError(f"--model {name} at {px(img_size)}: {reason}; try another --img-size")
 
 
-def build_teacher(name, classes, img_size, pretrained=False, weights=None, pooling=None):
+def build_teacher(name, classes, img_size, pretrained=False, weights=None):
     """`create_teacher`, with whatever timm and the hub raise."""
     options = {"num_classes": classes, "pretrained": pretrained or weights is not None}
-    if pooling:
-        options["global_pool"] = pooling
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
     backbone = create_backbone(name, img_size, options)
@@ -113,34 +111,14 @@ def size_that_fits(name, sizes):
     raise UserError(f"--model {reasons[0]}; try another --img-size")
 
 
-class Pooling(nn.Module):
-    """Features [B, C, h, w] -> [B, C, 1, 1]: what the head sees.
-
-    kind: mean; meanmax, (mean + max) / 2; gem, the generalised mean of power 3 (Radenovic et al.
-    2019), which is not differentiable at 0.
-    """
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, features):
-        if self.kind == "gem":
-            cubes = features.float().clamp(min=1e-6).pow(3.0)
-            return cubes.mean([2, 3], keepdim=True).pow(1 / 3)
-        mean = features.mean([2, 3], keepdim=True)
-        return (mean + features.amax([2, 3], keepdim=True)) / 2 if self.kind == "meanmax" else mean
-
-
-def create_student(classes, img_size, pretrained=False, weights=None, pooling="mean"):
+def create_student(classes, img_size, pretrained=False, weights=None):
     """torchvision's ResNet18 as a `Classifier`, from scratch or from weights without their head.
 
     classes: their number; img_size: [H, W]; weights: path of a state dict in torchvision's key
-    names, .safetensors or torch's format; pooling: see `Pooling`. Raises UserError when weights
-    cannot be had or do not fit.
+    names, .safetensors or torch's format. Raises UserError when weights cannot be had or do not
+    fit.
     """
     backbone = torchvision.models.resnet18(num_classes=classes)
-    backbone.avgpool = Pooling(pooling)
     if pretrained or weights:
         state = read_resnet18(weights)
         source = f"--weights {weights}" if weights else "--pretrained"
@@ -245,14 +223,9 @@ def load_model(path, device):
     """(Classifier in evaluation mode, its checkpoint without the tensors) from a model.pt."""
     state = load_checkpoint(path)
     if state["kind"] == "student":
-        model = create_student(
-            len(state["classes"]), state["img_size"], pooling=state["args"]["pooling"]
-        )
+        model = create_student(len(state["classes"]), state["img_size"])
     else:
-        model = create_teacher(
-            state["model"], len(state["classes"]), state["img_size"],
-            pooling=state["args"]["pooling"],
-        )
+        model = create_teacher(state["model"], len(state["classes"]), state["img_size"])
     model.load_state_dict(state.pop("state_dict"))
     return model.to(device, memory_format=torch.channels_last).eval(), state
 

@@ -44,7 +44,7 @@ def in_float32_without_batch_norm(setattr):
     for module in (models, training):
         setattr(module, "precision", lambda device: None)
 
-    def create_student(classes, img_size, pretrained=False, weights=None, pooling="mean"):
+    def create_student(classes, img_size, pretrained=False, weights=None):
         return models.create_teacher("test_vit", classes, img_size)
 
     setattr(models, "create_student", create_student)
