@@ -56,6 +56,7 @@ def write(summary, answers, pictures, audited, folder):
     shown = shown_model(models, baseline)
     trained = [name for name, model in models.items() if model["kind"] in ("teacher", "student")]
     sets = {**audited, **pictures}
+    height, width = next(iter(pictures.values())).view_size
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -71,6 +72,7 @@ def write(summary, answers, pictures, audited, folder):
         occlusion=occlusion(shown, models[shown]),
         picture=lambda name, row, heat_of=None: address(sets[name], row, heat_of),
         most=SHOWN,
+        wide=width > 1.5 * height,
         metrics=metrics,
     )
     with atomic_path(folder / "report.html") as temporary:
