@@ -244,25 +244,23 @@ def occlusion_map(student, frame, good):
     """
     height, width, _ = frame.shape
     rows = min(64, max(1, round(8 * (height / width) ** 0.5)))
-    places = rows, 64 // rows
-    coarse = [max(1, n // 2) for n in places[::-1]]
+    columns = 64 // rows
+    coarse = max(1, columns // 2), max(1, rows // 2)
     small = Image.fromarray(frame).resize(coarse, Image.Resampling.BOX)
     blurred = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-    near_y, near_x = map(bell_curves, (height, width), places)
-    covers = (near_y[:, None, :, None] * near_x[None, :, None, :]).reshape(-1, height, width, 1)
+
+    def near(places, size):  # a bell curve per place of a side
+        place, pixel = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (places, size))
+        return np.exp(-(((pixel - place[:, None]) * places / 2.4) ** 2))
+    covers = near(rows, height)[:, None, :, None] * near(columns, width)[None, :, None, :]
+    covers = covers.reshape(-1, height, width, 1)
     covered = [np.rint(frame + part * (blurred - frame)) for part in np.array_split(covers, 4)]
     answers = [student(frames.astype(np.uint8)) for frames in (frame[None], *covered)]
     log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))
     defect = max(set(range(log_p.shape[1])) - {good}, key=lambda number: log_p[0, number])
     lead = log_p[:, defect] - (0 if good is None else log_p[:, good])
-    weakened = np.fmax(lead[0] - lead[1:], 0).reshape(places)  # NaN counts as nothing
+    weakened = np.fmax(lead[0] - lead[1:], 0).reshape(rows, columns)  # NaN counts as nothing
     return weakened / max(weakened.max(), 2)
-
-
-def bell_curves(size, places):
-    """float32 [places, size]: of each place along a side one curve, 1 at its centre."""
-    pixel, place = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (size, places))
-    return np.exp(-(((pixel - place[:, None]) * places / 2.4) ** 2))
 
 
 class Judge:
