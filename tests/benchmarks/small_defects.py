@@ -6,10 +6,10 @@
     python tests/benchmarks/small_defects.py --table                   # from the CSV alone
 
 Of the training pictures a third is the development set that is scored here, whole positions of the
-ball screw at a time, another third for every seed; the test split stays shut but for --test, which
-trains and scores as a user would, for longer. A row at n times the
-pixels has an nth of the steps, so that all take the same time. The stand-alone ResNet18 and
-EfficientNet-Lite0 start from the given weights. A row that is in the CSV is not made again.
+ball screw at a time, another third for every seed. The test split stays shut but for --test, which
+trains on all of train/ and scores test/. A row at n times the pixels has an nth of the steps, so
+that all take the same time. The stand-alone ResNet18 and EfficientNet-Lite0 start from the given
+weights. A row that is in the CSV is not made again.
 """
 
 import re
@@ -35,41 +35,51 @@ from common.files import load_json
 
 CNN = "tf_efficientnet_lite0"
 STEPS = {"student": 600, "cnn": 400}  # at the default size: as long, on one core
-TEST_STEPS = 600  # of the student on the test split
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set: sizes by the multiple of the default's pixels, flags of every row, name of a part."""
+    """A set: its size at each multiple of the default's pixels, recipe and flags of every row."""
 
     sizes: dict
-    flags: tuple
-    part: str = "(.*)"
+    recipe: tuple = ()
+    flags: tuple = ()
+    part: str | None = None  # pattern of what stays on one side
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row changes. sampled: pictures of rare classes stand in train/ several times."""
+
+    size: str = "2x"
+    recipe: tuple = ()
+    flags: tuple = ()
+    sampled: bool = False
+    gone: bool = False  # the CSV's column `code` names a commit that has its code
 
 
 TASKS = {
     "ballscrew": Task(
         {"square": "128", "1x": "80x208", "2x": "112x288", "4x": "160x416"},
-        (), r"(\d{6}_\d{3})-",
+        part=r"(\d{6}_\d{3})-",
     ),
     "mvtec_screw": Task(
         {"1x": "128", "2x": "176", "4x": "256"},
-        ("--view-recipe", "rotate=180", "--balance-classes"),
+        recipe=("rotate=180",),
+        flags=("--balance-classes",),
     ),
 }
-GONE = None  # --pooling did not pay; the CSV's column `code` names a commit that has it
-# flags of both scripts; those of a row follow the set's, and a later one wins
 ROWS = {
-    "size 1x": ("1x", ()),
-    "size 2x": ("2x", ()),
-    "size 4x": ("4x", ()),
-    "a square of 1x": ("square", ()),
-    "(mean + max) / 2": ("2x", GONE),
-    "generalised mean": ("2x", GONE),
-    "turned by up to 180 degrees": ("2x", ("--view-recipe", "rotate=180")),
-    "turned by up to 12 degrees": ("2x", ("--view-recipe", "rotate=12")),
-    "classes weighted": ("2x", ("--balance-classes",)),
-    "classes sampled evenly": ("2x", ("evenly",)),
+    "size 1x": Row("1x"),
+    "size 2x": Row("2x"),
+    "size 4x": Row("4x"),
+    "a square of 1x": Row("square"),
+    "(mean + max) / 2": Row(gone=True),
+    "generalised mean": Row(gone=True),
+    "turned by up to 180 degrees": Row(recipe=("rotate=180",)),
+    "turned by up to 12 degrees": Row(recipe=("rotate=12",)),
+    "classes weighted": Row(flags=("--balance-classes",)),
+    "classes sampled evenly": Row(sampled=True),
 }
 TIMES = {"square": 1, "1x": 1, "2x": 2, "4x": 4}
 FIELDS = (
@@ -81,33 +91,28 @@ FIELDS = (
 # ------------------------------------------------------------------------------------ pictures
 
 
-def development_folder(name, seed, evenly, args):
-    """train/ and val/ of a seed, val/ being a third of the training pictures, by parts.
-
-    evenly: pictures of rare classes stand in train/ several times, so that all classes come up
-    equally often.
-    """
-    folder = Path(args.output) / name / f"seed_{seed}" / ("evenly" if evenly else "pictures")
+def development_folder(name, seed, sampled, args):
+    """train/ and val/ of a seed, val/ being a third of the training pictures, by parts."""
+    folder = Path(args.output) / name / f"seed_{seed}" / ("sampled" if sampled else "pictures")
     if (folder / "done").is_file():
         return folder
+    rng, part = np.random.default_rng(seed), TASKS[name].part
     classes = sorted((Path(args.data) / name / "train").iterdir())
     files = {home.name: sorted(home.iterdir()) for home in classes}
-    rng = np.random.default_rng(seed)
-    if TASKS[name].part == "(.*)":
-        held = {file for each in files.values() for file in rng.permutation(each)[::3]}
+    if part:
+        part_of = {file: re.search(part, file.name)[1] for each in files.values() for file in each}
+        chosen = set(rng.permutation(sorted(set(part_of.values())))[::3])
+        held = {file for file, its_part in part_of.items() if its_part in chosen}
     else:
-        everything = [file for each in files.values() for file in each]
-        part_of = {file: re.search(TASKS[name].part, file.name)[1] for file in everything}
-        parts = set(rng.permutation(sorted(set(part_of.values())))[::3])
-        held = {file for file, part in part_of.items() if part in parts}
-    most = max(len([f for f in each if f not in held]) for each in files.values())
-    for label, each in files.items():
-        kept = [file for file in each if file not in held]
-        for file in held.intersection(each):
+        held = {file for each in files.values() for file in rng.permutation(each)[::3]}
+    kept = {label: [file for file in each if file not in held] for label, each in files.items()}
+    most = max(map(len, kept.values()))
+    for label, each in kept.items():
+        for file in held.intersection(files[label]):
             link(file, folder / "val" / label / file.name)
-        for number in range(most if evenly else len(kept)):
-            file = kept[number % len(kept)]
-            link(file, folder / "train" / label / f"{number // len(kept)}_{file.name}")
+        for number in range(most if sampled else len(each)):
+            again, row = divmod(number, len(each))
+            link(each[row], folder / "train" / label / f"{again}_{each[row].name}")
     (folder / "done").touch()
     return folder
 
@@ -117,36 +122,32 @@ def development_folder(name, seed, evenly, args):
 
 def run(name, seed, network, row, args):
     """Train one network and append its row."""
-    task, (times, flags) = TASKS[name], ROWS[row]
-    evenly, size = "evenly" in flags, task.sizes[times]
-    flags = [*task.flags, *(flag for flag in flags if flag != "evenly")]
-    if evenly and "--balance-classes" in flags:
-        flags.remove("--balance-classes")
+    task, change = TASKS[name], ROWS[row]
+    size, steps = task.sizes[change.size], round(STEPS[network] / TIMES[change.size])
+    recipe = [*task.recipe, *change.recipe]
+    flags = {*task.flags, *change.flags} - ({"--balance-classes"} if change.sampled else set())
+    what = "test" if args.test else "development"
     home = Path(args.output) / name / f"seed_{seed}"
-    home /= re.sub(r"\W+", "_", f"{'test ' if args.test else ''}{network} {row}")
+    home /= re.sub(r"\W+", "_", f"{what} {network} {row}")
+
+    pictures, group = Path(args.data) / name, ["--group-regex", task.part] if task.part else []
+    if not args.test:
+        pictures, group = development_folder(name, seed, change.sampled, args), []
     rest = ["--seed", seed, "--overwrite"]
-    if args.test:
-        pictures, steps = Path(args.data) / name, round(TEST_STEPS / TIMES[times])
-        teach = ["train_teacher.py", "--data-dir", pictures, "--group-regex", task.part]
-    else:
-        pictures = development_folder(name, seed, evenly, args)
-        steps = round(STEPS[network] / TIMES[times])
-        teach = ["train_teacher.py", "--data-dir", pictures]
-    teach += ["--view-size", size, *rest]
-    recipe = [word for k, word in enumerate(flags) if "--view-recipe" in flags[max(0, k - 1):k + 1]]
-    others = [word for word in flags if word not in recipe]
+    teach = ["train_teacher.py", "--data-dir", pictures, *group, "--view-size", size, *rest]
+    teach += ["--output", home, *(["--view-recipe", *recipe] if recipe else [])]
     if network == "cnn":
         weights = Path(args.weights) / f"{CNN}.safetensors"
-        call(*teach, "--model", CNN, "--weights", weights, "--steps", steps, "--output", home,
-             *recipe, *others)
+        call(*teach, "--model", CNN, "--weights", weights, "--steps", steps, *flags)
         model = home / CNN / "model.pt"
     else:  # an ensemble says which pictures and views; what its teacher knows is not used
-        call(*teach, "--model", "test_resnet", "--steps", 1, "--output", home, *recipe)
+        call(*teach, "--model", "test_resnet", "--steps", 1)
         call("build_ensemble.py", home / "test_resnet" / "model.pt", "--views", 1, "--unlabelled",
              "none", "--output", home / "ensemble", *rest)
         call("distill.py", home / "ensemble", "--alpha", 0, "--weights", args.student_weights,
-             "--steps", steps, "--output", home / "student", *others, *rest)
+             "--steps", steps, "--output", home / "student", *flags, *rest)
         model = home / "student" / "model.pt"
+
     last = read_rows(model.parent / "log.csv")[-1]
     if args.test:
         call("evaluate.py", model, "--skip-audit", "--output", home / "report")
@@ -156,17 +157,19 @@ def run(name, seed, network, row, args):
         scores = {key.removeprefix("val_"): float(value) for key, value in last.items()}
         scores["n"] = sum(1 for file in (pictures / "val").rglob("*.*") if file.is_file())
     found = [round(scores[key], 5) for key in ("n", "accuracy", "balanced_accuracy", "nll")]
-    key = ["test" if args.test else "development", name, seed, network, row, size]
-    rest = [last["steps"], last["seconds"], this_commit()]
-    append_rows(args.csv, FIELDS, [[*key, *found, *rest]])
+    key = [what, name, seed, network, row, size]
+    append_rows(args.csv, FIELDS, [[*key, *found, last["steps"], last["seconds"], this_commit()]])
 
 
 def wanted_rows(name):
-    """The rows that make sense for a set: what it has as its default is not measured twice."""
-    skipped = {"turned by up to 180 degrees", "classes weighted"} if TASKS[name].flags else {
-        "turned by up to 12 degrees"}
-    return [row for row, (size, flags) in ROWS.items()
-            if row not in skipped and flags is not GONE and size in TASKS[name].sizes]
+    """The rows of a set: what it has as its default is not measured twice."""
+    task = TASKS[name]
+    default = "turned by up to 180 degrees" if task.recipe else "turned by up to 12 degrees"
+    return [
+        row for row, change in ROWS.items()
+        if change.size in task.sizes and not change.gone and row != default
+        and not (change.flags and change.flags == task.flags)
+    ]
 
 
 # -------------------------------------------------------------------------------------- tables
