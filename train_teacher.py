@@ -23,7 +23,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from common import cli, distributed, models, splits, training
@@ -42,7 +42,6 @@ AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default vi
 OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
 STRIDE = 32  # px of a picture for one of a network's last features
 LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
-ORIENTATION = 0x0112  # EXIF tag; from 5 on width and height change places
 
 
 def parse_arguments():
@@ -227,7 +226,7 @@ def default_view_size(folder):
     paths, sizes = list_pictures(folder / "train"), []
     for path in paths[:: max(1, len(paths) // 100)]:
         with suppress(Exception), Image.open(folder / "train" / path, formats=FORMATS) as image:
-            turned = image.getexif().get(ORIENTATION, 1) > 4
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
             sizes.append(image.size if turned else image.size[::-1])
     # What cannot be read is listed when all are decoded.
     size = np.median(sizes or [(128, 128)], axis=0)

@@ -93,9 +93,6 @@ def number(convert, accepts, wanted):
     return parse
 
 
-# Comparisons with nan are false, so nan never passes.
-positive_int = number(int, lambda v: v >= 1, "a whole number of at least 1")
-
 def sides(text):
     """[height, width] of '128', a square, or of '96x240'; ValueError for anything else."""
     numbers = [int(side) for side in text.lower().split("x")]
@@ -103,6 +100,8 @@ def sides(text):
     return [height, width]
 
 
+# Comparisons with nan are false, so nan never passes.
+positive_int = number(int, lambda v: v >= 1, "a whole number of at least 1")
 picture_size = number(
     sides, lambda both: all(32 <= side <= 4096 for side in both),
     "a side N or HxW, height x width, each from 32 to 4096 px",

@@ -82,12 +82,10 @@ def test_a_turn_of_a_rectangle_does_not_shear():
 
 
 def test_a_quarter_turn_of_a_rectangle_moves_a_point_as_far_as_it_was_from_the_middle():
-    x = torch.zeros(1, 41, 81, 3, dtype=torch.uint8)
-    x[0, 20, 55] = 255  # 15 px right of the middle
     u = np.full((1, 11), 0.5)
     u[0, 0] = 1.0  # the whole angle
     m = warp(u, ViewRecipe(**{**STILL, "rotate": 90}), 41, 81)[0].reshape(2, 3)
-    # output 15 px above or below the middle, in coordinates of -1 to 1, looks at that point
+    # the output 15 px above the middle, in coordinates of -1 to 1, looks 15 px right of the middle
     source = m @ [0, -15 / 20.5, 1]
     assert np.allclose(source * [40.5, 20.5], [15, 0], atol=1e-9)
 
