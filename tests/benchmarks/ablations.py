@@ -175,8 +175,8 @@ def run(group, name, seed, args):
     task = TASKS[name]
     img_size = []
     if group == "resolution":
-        task, img_size = replace(task, side=STORED), ["--img-size", SEEN]
-    home = Path(args.output) / name / f"seed_{seed}_{task.side}px"
+        task, img_size = replace(task, size=STORED), ["--img-size", SEEN]
+    home = Path(args.output) / name / f"seed_{seed}_{task.size}px"
     pictures = development_folder(task, args, home, seed)
     run_stages([teach(task, pictures, home, args.weights, seed, *img_size)], home)
 

@@ -60,16 +60,17 @@ NEAR_GUESSING = 5  # points: nor does one where no model is so far above guessin
 class Task:
     """One set as it is used here.
 
-    labelled: pictures per class, 0 for all; side: px, a multiple of the transformer's 14; steps: of
-    every CNN, students included; group: regular expression, pictures of one part or photo stay on
-    one side of train and val; views: changes of the view recipe, chosen on training pictures;
-    flags: of train_teacher.py and distill.py alike.
+    labelled: pictures per class, 0 for all, of which train_teacher.py then holds a fifth out;
+    size: --view-size, best of whole patches of 14 for the transformer; steps: of every CNN,
+    students included; group: regular expression, pictures of one part or photo stay on one side of
+    train and val; views: changes of the view recipe, chosen on training pictures; flags: of
+    train_teacher.py and distill.py alike.
     """
 
     folder: str
     labelled: int
     pool: bool
-    side: int
+    size: int | str
     steps: int
     transformer_steps: int
     group: str = ""
@@ -86,6 +87,7 @@ TASKS = {
     "embedded": Task("embedded", 0, True, 70, 800, 150),
     "neu_cls_all": Task("neu_cls", 0, False, 126, 800, 300, views=CROPS),
     "elpv_all": Task("elpv", 0, False, 126, 800, 300),
+    "ballscrew": Task("ballscrew", 0, False, "80x208", 800, 300, group=r"(\d{6}_\d{3})-"),
     "mvtec_screw": Task(
         "mvtec_screw", 0, False, 224, 800, 300, views=("rotate=180",), flags=("--balance-classes",)
     ),
@@ -109,7 +111,7 @@ def lay_out(task, source, home, seed):
         name = class_folder.name
         files = sorted(class_folder.iterdir())
         files = [files[i] for i in rng.permutation(len(files))]
-        n = task.labelled or round(0.8 * len(files))
+        n = task.labelled or len(files)
         for file in files[:n]:
             link(file, folder / "train" / name / file.name)
             trained.add(group_of(task, file))
@@ -119,9 +121,7 @@ def lay_out(task, source, home, seed):
     held = set()
     for name, files in rest.items():
         val = [file for file in files if group_of(task, file) not in trained]
-        if task.labelled:
-            val = val[: max(4, task.labelled // 2)]
-        for file in val:
+        for file in val[: max(4, task.labelled // 2)]:
             link(file, folder / "val" / name / file.name)
             held.add(group_of(task, file))
 
@@ -179,14 +179,17 @@ def group_of(task, file):
 # ------------------------------------------------------------------------------------- running
 
 
-def teach(task, pictures, home, weights, seed, *more):
-    """The stage that trains both teachers: (name, command words)."""
-    files = [weights / f"{name}.safetensors" for name in TEACHERS]
-    words = ["train_teacher.py", "--data-dir", pictures, "--view-size", task.side]
-    words += ["--model", *TEACHERS, "--weights", *files, "--output", home]
-    words += ["--steps", task.transformer_steps, task.steps, *task.flags, *more]
+def teach(task, pictures, home, weights, seed, *more, steps=None):
+    """The stage that trains both teachers, or those of steps, {name: steps}: (name, words)."""
+    steps = steps or dict(zip(TEACHERS, (task.transformer_steps, task.steps)))
+    files = [weights / f"{name}.safetensors" for name in steps]
+    words = ["train_teacher.py", "--data-dir", pictures, "--view-size", task.size]
+    words += ["--model", *steps, "--weights", *files, "--output", home]
+    words += ["--steps", *steps.values(), *task.flags, *more]
     if task.views:
         words += ["--view-recipe", *task.views]
+    if task.group and not task.labelled:
+        words += ["--group-regex", task.group]
     return "teachers", [*words, "--seed", seed, "--overwrite"]
 
 
@@ -231,7 +234,7 @@ def run(name, seed, start, args):
     todo = stages(task, pictures, home, args.weights, seed, start, args.student_weights)
     seconds = run_stages(todo, home)
     classes = sum(1 for path in (pictures / "train").iterdir() if path.is_dir())
-    key = (name, task.side, classes, seed, start)
+    key = (name, task.size, classes, seed, start)
     append_rows(args.csv, FIELDS, results(key, home / start, seconds))
 
 

@@ -1,0 +1,124 @@
+"""Accuracy against steps: both teachers, their ensemble, the student alone and distilled.
+
+    python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE
+    python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE \\
+        --sets elpv_100 --seeds 100 --lengths 500 2000 --models alone distilled
+    python tests/benchmarks/curves.py --picture        # curves.svg and a table, from curves.csv
+
+Development pictures: a third of the training ones (whole positions of the ball screw), another
+third for every seed, so the test split stays shut. Every point is a training of its own with its
+own schedule. Students of all lengths see the same pictures, and the distilled ones the same
+ensemble, whose teachers were trained for TAUGHT steps. A point that is in the CSV is not made again.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from accuracy import TASKS as AS_TESTED
+from accuracy import TEACHERS, group_of, lay_out, source_of, teach
+from bench import append_rows, call, link, read_rows, run_stages, select, this_commit
+
+from common import cli
+from common.files import load_json
+
+SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
+SIZE = 64
+LENGTHS, TAUGHT = (500, 2000, 8000), 2000
+PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
+MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
+SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")
+FIELDS = (
+    "set", "seed", "model", "steps", "n", "accuracy", "balanced_accuracy", "nll", "val_accuracy",
+    "val_balanced_accuracy", "seconds", "code",
+)
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def development_folder(task, args, home, seed):
+    """The set as accuracy.py lays it out, but a third of its training pictures are test/."""
+    theirs, source = source_of(task, args.data, Path(args.output)), home / "source"
+    if not (source / "done").is_file():
+        files = sorted(file for file in (theirs / "train").rglob("*") if file.is_file())
+        group = {file: str(group_of(task, file)) for file in files}
+        held = set(np.random.default_rng(seed).permutation(sorted(set(group.values())))[::3])
+        for file in files:
+            side = "test" if group[file] in held else "train"
+            link(file, source / side / file.parent.name / file.name)
+        (source / "done").touch()
+    return lay_out(task, source, home, seed)
+
+
+# ------------------------------------------------------------------------------------- running
+
+
+def run(name, model, steps, seed, args):
+    """Train one model for one length and append its row."""
+    home = Path(args.output) / name / f"seed_{seed}"
+    task = replace(AS_TESTED[name], size=SIZES.get(name, SIZE))
+    pictures = development_folder(task, args, home, seed)
+    if model in TEACHERS:
+        path = teacher(task, pictures, model, steps, home, seed, args) / "model.pt"
+    else:
+        path = ensemble(task, pictures, home, seed, args)
+    if model in ("alone", "distilled"):
+        student, alpha = home / f"{model}_{steps}", ["--alpha", 0] if model == "alone" else []
+        call("distill.py", path, "--steps", steps, "--weights", args.student_weights, *alpha,
+             *task.flags, "--output", student, "--seed", seed, "--overwrite")
+        path = student / "model.pt"
+
+    report = home / "report"
+    call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
+    (result,) = load_json(report / "metrics.json")["models"].values()
+    scores = result["sets"]["test"]
+    last = read_rows(path.parent / "log.csv")[-1] if path.name == "model.pt" else {}
+    found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
+    found += [last.get(key, "") for key in ("val_accuracy", "val_balanced_accuracy", "seconds")]
+    append_rows(args.csv, FIELDS, [[name, seed, model, steps, scores["n"], *found, this_commit()]])
+
+
+def teacher(task, pictures, model, steps, home, seed, args):
+    """The folder of a teacher of some steps, trained where it is missing."""
+    runs = home / f"teachers_{steps}"
+    _, words = teach(task, pictures, runs, args.weights, seed, steps={model: steps})
+    run_stages([(f"{model} {steps}", words)], home)
+    return runs / model
+
+
+def ensemble(task, pictures, home, seed, args):
+    """The folder of the ensemble that the distilled students learn from, built where missing."""
+    teachers = [teacher(task, pictures, each, TAUGHT, home, seed, args) for each in TEACHERS]
+    words = ["build_ensemble.py", *(each / "model.pt" for each in teachers), "--seed", seed]
+    seen = [file for part in ("train", "unlabelled") for file in (pictures / part).rglob("*.*")]
+    words += ["--views", PICTURE_VIEWS // len(seen), "--output", home / "ensemble"]
+    run_stages([("ensemble", words)], home)
+    return home / "ensemble"
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
+    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
+    p.add_argument("--student-weights", type=Path, metavar="FILE", help="the ResNet18's start")
+    p.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    p.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    p.add_argument("--lengths", type=cli.positive_int, nargs="+", default=LENGTHS, metavar="N")
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")
+    p.add_argument("--output", default="runs/curves", help="folder for the runs")
+    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")))
+    p.add_argument("--picture", action="store_true", help="draw the CSV, print a table, and end")
+    args = p.parse_args()
+    for seed in args.seeds if not args.picture else ():
+        for name in args.sets:
+            for steps in args.lengths:
+                for model in args.models:
+                    steps = TAUGHT if model == "ensemble" else steps
+                    wanted = dict(set=name, seed=str(seed), model=model, steps=str(steps))
+                    if not select(read_rows(args.csv), **wanted):
+                        run(name, model, steps, seed, args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
