@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from common import cli, distributed, models, splits, training
+from common import cli, distributed, models, splits, training, validation
 from common.files import UserError, px
 from common.losses import class_weights
 from common.pictures import WHITE_LEVEL, list_pictures
@@ -190,7 +190,10 @@ def choose_img_size(name, view_size, asked):
 
 
 def open_pictures(folder, view_size, args):
-    """(train, val, dataset); refuses test pictures among the training ones, or drops them."""
+    """(train, val, dataset); refuses test pictures among the training ones, or drops them.
+
+    With --drop-leaks training pictures that a val/ nearly repeats go too.
+    """
     cache = cli.decoded_cache(args)
     train, val, dataset = splits.open_training(cache, {
         "dir": folder.as_posix(),
@@ -204,6 +207,9 @@ def open_pictures(folder, view_size, args):
     dropped = splits.leaked_paths(
         train + val, tests, "training", args.drop_leaks, args.allow_leakage
     )
+    if not dataset["held_out"]:
+        dropped += repeated_in_val(cache, train, val, args.drop_leaks)
+        dropped = list(dict.fromkeys(dropped))
     if dropped:
         train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
     print(
@@ -213,6 +219,20 @@ def open_pictures(folder, view_size, args):
     for line in size_lines((train + val).sizes(), view_size):
         print(line)
     return train, val, dataset
+
+
+def repeated_in_val(cache, train, val, drop):
+    """Say how many training pictures val/ nearly repeats; returns the paths of those to drop."""
+    pairs = validation.repeats(cache.home, train, val)
+    if not pairs:
+        return []
+    count, of = len(pairs), len({theirs for _, theirs in pairs})
+    print(
+        f"{'' if drop else 'warning: '}{count} training pictures are near-duplicates of {of} of "
+        f"{len(val)} validation pictures ({' = '.join(pairs[0])}), so validation praises who "
+        f"remembers; {'left out' if drop else '--drop-leaks leaves these training pictures out'}"
+    )
+    return [ours for ours, _ in pairs] if drop else []
 
 
 def default_view_size(folder):

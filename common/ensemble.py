@@ -14,7 +14,7 @@ from common import files
 from common.files import UserError
 from common.losses import product_of_experts
 
-SCHEMA = 7
+SCHEMA = 8
 
 
 def view_file(folder, view):

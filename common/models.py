@@ -17,7 +17,7 @@ from torch import nn
 
 from common.files import UserError, check_checksum, checksummed, first_line, px, versions
 
-SCHEMA = 5
+SCHEMA = 6
 
 
 # -------------------------------------------------------------------------------------- networks

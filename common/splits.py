@@ -4,16 +4,16 @@ A dataset is a dict that every stage passes on, so that all see the same split:
 
     dir, view_size, white_level    where the pictures are, and how they are read: [H, W] in px
     val_fraction, group_regex      how a part of train/ is held out where there is no val/
+    held_out                       the paths of these; drawn once, then every stage has the same
     dropped                        training pictures that are left out, since a test set holds them
     classes, fingerprint           what these are; compared when a later stage opens it
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
 
-from common import fasteners
+from common import fasteners, validation
 from common.files import UserError, require_same
 from common.pictures import Pictures, is_picture, list_pictures, say_once
 
@@ -111,9 +111,9 @@ def open_labelled(cache, folder, dataset):
 def open_training(cache, dataset, moved_to=None):
     """(train, val, dataset); every stage calls this, hence sees the same split.
 
-    dataset: see above; what is returned adds classes and fingerprint. Where it has them already
-    they are compared with what is there, and a UserError names what differs. moved_to: where the
-    folder lies now, None for where it lay.
+    dataset: see above; what is returned adds classes, fingerprint and held_out. Where it has them
+    already they are compared with what is there, and a UserError names what differs. moved_to:
+    where the folder lies now, None for where it lay.
     """
     folder = data_folder(moved_to or dataset["dir"])
     classes, train = open_labelled(cache, folder / "train", dataset)
@@ -123,13 +123,21 @@ def open_training(cache, dataset, moved_to=None):
         both = ({"classes": each} for each in (classes, its_classes))
         require_same(*both, f"{folder / 'val'} against train", "both need the same class folders")
         fingerprint += f"+{val.fingerprint()}"
+        held_out = []
     else:
-        below = [path.split("/", 1)[1] for path in train.paths()]
-        groups = groups_of(below, dataset["group_regex"])
-        kept, held = hold_out(train.labels.numpy(), groups, dataset["val_fraction"])
-        train, val = train.take(kept), train.take(held)
+        held_out = dataset.get("held_out") or validation.hold_out(
+            cache.home, train, classes, dataset["val_fraction"], dataset["group_regex"]
+        )
+        held = np.isin(train.paths(), held_out)
+        train, val = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
 
-    opened = {**dataset, "dir": folder.as_posix(), "classes": classes, "fingerprint": fingerprint}
+    opened = {
+        **dataset,
+        "dir": folder.as_posix(),
+        "classes": classes,
+        "fingerprint": fingerprint,
+        "held_out": held_out,
+    }
     if "fingerprint" in dataset:
         require_same(
             {**dataset, "dir": opened["dir"]},
@@ -174,7 +182,7 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     return without(pool, unlabelled["dropped"])
 
 
-# ------------------------------------------------------------------------------- leaks, hold-out
+# ------------------------------------------------------------------------------------------ leaks
 
 
 def without(pictures, paths, classes=()):
@@ -229,52 +237,6 @@ def leaked_paths(pictures, others, kind, drop, allow):
         )
     print(f"{len(leaks)} {kind} pictures left out, since they are test or validation pictures too")
     return [path for path, _ in leaks]
-
-
-def groups_of(paths, pattern):
-    """A group name per path: the first match group of the pattern, or the path itself."""
-    if pattern is None:
-        return paths
-    matches = [re.search(pattern, path) for path in paths]
-    if not any(matches):
-        raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
-    return [match.group(1) or path if match else path for match, path in zip(matches, paths)]
-
-
-def hold_out(labels, groups, share, seed=0):
-    """Split rows into (train, val), whole groups at a time, each class near its share.
-
-    labels: int [N]; groups: N names; share: of each class to hold out. Groups are visited in an
-    order drawn from the seed and held out when that brings the class counts nearer to their
-    targets. Returns two sorted int arrays. Raises UserError when a class is left without a picture.
-    """
-    labels = np.asarray(labels)
-    rows_of = {}
-    for row, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(row)
-
-    total = np.bincount(labels)
-    target = np.maximum(1, np.round(share * total)).astype(int)
-    class_of, missing, val = labels.tolist(), target.tolist(), []  # plain ints: numpy is slow here
-    names = sorted(rows_of)
-    for position in np.random.default_rng([seed, 0]).permutation(len(names)).tolist():
-        rows, counts = rows_of[names[position]], {}
-        for row in rows:
-            counts[class_of[row]] = counts.get(class_of[row], 0) + 1
-        if sum([abs(missing[k] - n) - abs(missing[k]) for k, n in counts.items()]) < 0:
-            for k, n in counts.items():
-                missing[k] -= n
-            val += rows
-
-    held = target - missing
-    split = (held > 0) & (held < total)
-    if not split.all():
-        raise UserError(
-            f"class number {int(np.argmin(split))} cannot be split into train and val "
-            "(too few pictures or groups); give a val/ folder"
-        )
-    val = np.sort(np.array(val))
-    return np.setdiff1d(np.arange(len(labels)), val), val
 
 
 # ------------------------------------------------------------------------------------- test sets

@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance
 
 import build_ensemble
 import evaluate
-from common import splits
+from common import splits, validation
 from common.audit import audit, audit_lines, find_copies, propose_groups
 from common.audit import label_errors as errors
 from common.audit import near_duplicates as near
@@ -154,7 +154,7 @@ def test_group_proposals_follow_file_names():
     crops = [f"train/hole/{photo}_{part}.jpg" for photo in range(30) for part in range(4)]
     proposal = propose_groups(crops)
     assert proposal["groups"] == 30 and proposal["largest"] == 4
-    assert len(set(splits.groups_of(crops, proposal["group_regex"]))) == 30
+    assert len(set(validation.groups_of(crops, proposal["group_regex"]))) == 30
     for name in ("", "img_"):
         assert propose_groups([f"train/good/{name}{n:04d}.png" for n in range(100)]) is None
 

@@ -200,32 +200,6 @@ def test_a_class_folder_whose_name_begins_with_a_dot_is_left_out_with_one_line(
     assert said.count("left out the folder .bent") == 1 and ".git" not in said
 
 
-def test_hold_out_is_stratified_and_repeatable():
-    labels = np.repeat([0, 1, 2], [100, 50, 10])
-    names = [str(i) for i in range(160)]
-    train, val = splits.hold_out(labels, names, 0.2, 0)
-    assert list(np.bincount(labels[val])) == [20, 10, 2]
-    assert sorted([*train, *val]) == list(range(160))
-    assert (val == splits.hold_out(labels, names, 0.2, 0)[1]).all()
-    assert list(val) != list(splits.hold_out(labels, names, 0.2, 1)[1])
-
-
-def test_hold_out_keeps_groups_whole():
-    paths = []
-    for photo in range(40):
-        paths += [f"{'hole' if k % 3 else 'screw'}/{photo}_{k}.jpg" for k in range(4)]
-    labels = np.array([path.startswith("screw") for path in paths], int)
-    groups = splits.groups_of(paths, r"/(\d+)_")
-    train, val = splits.hold_out(labels, groups, 0.25, 0)
-    assert not {groups[i] for i in train} & {groups[i] for i in val}
-    assert len(val) == 40 and np.bincount(labels[val]).tolist() == [20, 20]
-
-
-def test_a_class_that_cannot_be_split_is_refused():
-    with pytest.raises(UserError, match="cannot be split"):
-        splits.hold_out(np.array([0, 0, 0, 0, 1]), list("abcde"), 0.2, 0)
-
-
 def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, monkeypatch, capfd):
     parts = make_set(tmp_path / "parts", {"train": 8, "val": 3, "test": 4})
     original = parts / "test" / "level" / "l000.png"

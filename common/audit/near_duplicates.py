@@ -8,7 +8,10 @@ A pair (i, j): picture i repeats picture j < begin[i]. `begin`, int array [N], i
 begins, to look across sets that stand one behind another; np.arange(N) looks everywhere.
 """
 
+import hashlib
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +19,9 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
+from common.files import UserError, load_json, save_json
+
+VERSION = 1  # raise it when another pair may be found
 BLOCK = 64  # pictures at a time: larger blocks leave the processor's cache and take longer
 COARSE = 16  # size in px of the thumbnails that name candidates
 FREQUENCIES = 8  # of their cosine transform, each way
@@ -38,6 +44,17 @@ def exact_copies(digests, begin):
     first = {}
     originals = [first.setdefault(digest, i) for i, digest in enumerate(digests)]
     return [(i, j) for i, j in enumerate(originals) if j < begin[i]]
+
+
+def remembered(home, pictures, begin):
+    """`near_duplicates`, from a file in the folder `home` where the same were compared before."""
+    identity = repr([VERSION, pictures.fingerprint(), np.asarray(begin).tolist()])
+    path = Path(home) / f"copies-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
+    with suppress(UserError):
+        return load_json(path)["pairs"]
+    pairs = near_duplicates(pictures, begin)
+    save_json({"pairs": pairs}, path)
+    return pairs
 
 
 def near_duplicates(pictures, begin, threshold=None, skip=()):
