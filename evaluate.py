@@ -100,6 +100,7 @@ def evaluate(args):
         "baseline": baseline,
         "audit": findings,
         "audit_lines": lines,
+        "untold": report.untold_by_validation(results),
         "label_errors": find_label_errors(tested, answers, pictures, audited),
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -144,6 +145,13 @@ class Model:
     files: list
     temperatures: tuple = (1.0,)
     weights: tuple = (1.0,)
+
+    @property
+    def validation(self):
+        """What it reached on its validation pictures: accuracy, n and others."""
+        if self.kind == "ensemble":
+            return self.header["validation"]["the ensemble"]
+        return self.header["validation" if self.kind == "exported" else "metrics"]
 
     @property
     def reading(self):
@@ -244,6 +252,7 @@ def run_models(tested, tests, device, batch_size):
             **{key: sum(cost[key] for cost in costs) for key in costs[0]},  # teachers' together
             "latency_device": "cpu" if model.kind == "exported" else str(device),
             "good_class": model.header.get("good_class"),
+            "validation": model.validation,
             "made_from": made_from,
         }
     return results, answers

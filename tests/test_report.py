@@ -12,6 +12,7 @@ from conftest import CPU, call, make_set
 from PIL import Image
 
 import evaluate
+from common import report
 
 NAMES = ("chromium", "google-chrome", "chromium-browser")
 BROWSER = next((path for path in map(shutil.which, NAMES) if path), None)
@@ -132,3 +133,26 @@ def test_a_browser_shows_the_page_without_complaint_or_sideways_scrolling(tiny, 
     for key in ("answer", "models", "sets", "curves", "audit", "provenance"):
         assert f'id="{key}"' in dom
     assert dom.count("<table") >= 5 and dom.count("<svg") >= 4
+
+
+def test_validation_that_does_not_tell_stands_in_the_answer(inside, tmp_path, capfd):
+    swapped = tmp_path / "test_swapped"  # every picture in another class's folder
+    for name, other in (("cross", "level"), ("level", "upright"), ("upright", "cross")):
+        shutil.copytree(f"parts/test/{name}", swapped / other)
+    words = ("--test-dirs", "parts/test", swapped, "--output", tmp_path / "out", "--skip-audit")
+    assert call(evaluate.main, "runs/student/model.pt", *words, *CPU) == 0
+    said = capfd.readouterr().out
+    assert "validation does not tell about test_swapped: 1 of 1 models" in said
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    answer = text_of(re.search(r'id="answer">(.*?)</p>', page, re.DOTALL).group(1))
+    assert "Validation does not tell about test_swapped: 1 of 1 models" in answer
+    assert "about test:" not in answer
+
+
+def test_val_and_test_differ_only_beyond_both_intervals():
+    test = {"accuracy": 0.85, "accuracy_interval": [0.81, 0.88]}
+    easy = {"validation": {"accuracy": 183 / 187, "n": 187}, "sets": {"test": test}}  # from 0.946
+    few = {"validation": {"accuracy": 20 / 20, "n": 20}, "sets": {"test": test}}  # from 0.839
+    (found,) = report.untold_by_validation({"a": few, "b": easy})
+    assert (found["differ"], found["models"], found["model"]) == (1, 2, "b")
+    assert report.untold_by_validation({"a": few}) == []

@@ -44,6 +44,26 @@ def compare(results, answers, pictures, baseline):
                 scores["agreement"] = {each: float(equal.mean()) for each, equal in same.items()}
 
 
+def untold_by_validation(models):
+    """Test sets of which validation does not tell: accuracies differ by more than their intervals.
+
+    models: {name: row of metrics.json}. Returns plain data, per test set how many models differ so,
+    of how many, and both accuracies of the one that differs most.
+    """
+    found = []
+    for of in next(iter(models.values()))["sets"]:
+        gaps = []
+        for name, model in models.items():
+            val, test = model["validation"], model["sets"][of]
+            low, high = metrics.wilson(val["accuracy"] * val["n"], val["n"])
+            if low > test["accuracy_interval"][1] or high < test["accuracy_interval"][0]:
+                gaps.append({"model": name, "val": val["accuracy"], "test": test["accuracy"]})
+        if gaps:
+            most = max(gaps, key=lambda gap: abs(gap["val"] - gap["test"]))
+            found.append({"set": of, "differ": len(gaps), "models": len(models), **most})
+    return found
+
+
 def write(summary, answers, pictures, audited, folder):
     """Write FILES into a folder.
 

@@ -31,6 +31,11 @@ def print_tables(summary):
     for point in operating_points(models):
         rejecting = "{file} on {set}, rejecting from {threshold:.4f}".format_map(point)
         print(f"{rejecting}: {describe_rates(point)}; target {point['verdict']}")
+    for each in summary["untold"]:
+        print(
+            "validation does not tell about {set}: {differ} of {models} models differ by more than "
+            "both intervals, {model} most ({val:.4f} on val, {test:.4f} there)".format_map(each)
+        )
 
 
 def minus(scores, is_baseline):
