@@ -15,6 +15,7 @@ import torch.nn.functional as F
 UNLABELLED = -1
 SMALLEST, LARGEST = 0.05, 20.0  # fitted temperatures, and weights at most the latter
 ROUNDS = 50  # over the teachers; ten are enough for four digits
+PRIOR = 30.0  # nats for weights that lie 1 from their mean (tests/benchmarks/combination.py)
 
 
 def product_of_experts(logits, temperatures, weights, T=1.0):
@@ -70,20 +71,27 @@ def fit_temperature(logits, labels):
     return 1 / best_weight(0.0, z, y, 1 / LARGEST, 1 / SMALLEST)
 
 
-def fit_weights(logits, labels):
-    """The weights w_t >= 0 that minimise the NLL of softmax(sum_t w_t z_t).
+def fit_weights(logits, labels, prior=PRIOR):
+    """The weights w_t >= 0 that minimise N NLL(w) + prior / 2 sum_t (w_t - mean w)^2.
 
-    logits: float [teachers, N, K], each teacher's divided by its temperature; labels: int64 [N].
-    Returns a list of floats in [0, 20]. Their sum is above 1 where teachers bring evidence of
-    their own. Labels are softened as in `soft_labels`. The NLL is convex in w, and a round finds
-    the best w_t of each teacher in turn with the others held fixed (coordinate descent).
+    NLL(w) is the mean one of softmax(sum_t w_t z_t). The second term, a normal prior of equal
+    weights, keeps few or easy validation pictures from throwing a good teacher away; the sum of the
+    weights stays free, and is above 1 where teachers bring evidence of their own. logits: float
+    [teachers, N, K], each teacher's divided by its temperature; labels: int64 [N]. Returns a list
+    of floats in [0, 20]. Labels are softened as in `soft_labels`. All is convex in w: a round moves
+    all weights alike, then each in turn with the others held fixed (coordinate descent).
     """
     z, y = logits.double(), soft_labels(labels, logits.shape[2])
-    w = torch.full((len(z), 1, 1), 1 / len(z), dtype=torch.double)
+    teachers, pictures = len(z), len(labels)
+    w = torch.full((teachers, 1, 1), 1 / teachers, dtype=torch.double)
+    pull = prior * (1 - 1 / teachers) / pictures
     for _ in range(ROUNDS):
-        for t in range(len(z)):
+        low, high = -float(w.min()), LARGEST - float(w.max())
+        w += best_weight((w * z).sum(0), z.sum(0), y, low, high)
+        for t in range(teachers):
             others = (w * z).sum(0) - w[t] * z[t]
-            w[t] = best_weight(others, z[t], y, 0.0, LARGEST)
+            their_mean = float(w.sum() - w[t]) / max(1, teachers - 1)
+            w[t] = best_weight(others, z[t], y, 0.0, LARGEST, pull, their_mean)
     return [float(v) for v in w.flatten()]
 
 
@@ -99,13 +107,15 @@ def soft_labels(labels, classes):
     return one_hot * (1 - wrong) + (1 - one_hot) * wrong / (classes - 1)
 
 
-def best_weight(others, z, y, low, high):
-    """The w in [low, high] that minimises the mean NLL of softmax(others + w z), by bisection.
+def best_weight(others, z, y, low, high, pull=0.0, towards=0.0):
+    """The w in [low, high] that minimises NLL(w) + pull / 2 (w - towards)^2, by bisection.
 
-    others: float64 [N, K] or 0; z: float64 [N, K]; y: soft labels, float64 [N, K].
+    NLL(w) is the mean one of softmax(others + w z). others: float64 [N, K] or 0; z: float64 [N, K];
+    y: soft labels, float64 [N, K].
     """
     for _ in range(60):
         middle = (low + high) / 2
         slope = ((F.softmax(others + middle * z, dim=1) - y) * z).sum(1).mean()  # d NLL / d w
+        slope += pull * (middle - towards)
         low, high = (middle, high) if slope < 0 else (low, middle)
     return (low + high) / 2

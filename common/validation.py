@@ -133,4 +133,5 @@ def repeats(home, train, val):
     """
     both = val + train
     begin = np.repeat([0, len(val)], [len(val), len(train)])
-    return [(both.path(i), both.path(j)) for i, j, _ in near_duplicates.remembered(home, both, begin)]
+    pairs = near_duplicates.remembered(home, both, begin)
+    return [(both.path(i), both.path(j)) for i, j, _ in pairs]

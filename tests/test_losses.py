@@ -92,7 +92,7 @@ def test_fitted_weights_count_what_each_teacher_knows_alone():
     # always right is 0.9, w = ln 9. A third teacher says nothing and gets nothing.
     z = torch.zeros(3, 8, 2)
     z[0, :4, 0] = z[1, 4:, 0] = 1.0
-    weights = fit_weights(z, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]))
+    weights = fit_weights(z, torch.tensor([0, 0, 0, 1, 0, 0, 0, 0]), prior=0)
     assert weights == pytest.approx([math.log(7 / 3), math.log(9), 0.0], abs=1e-6)
 
 
@@ -100,3 +100,18 @@ def test_two_teachers_that_say_the_same_share_one_weight():
     z = torch.tensor([[2.0, 0.0]]).expand(4, 2)  # of one teacher: w = ln 2 / 2, see above
     weights = fit_weights(torch.stack([z, z]), torch.tensor([0, 0, 0, 1]))
     assert sum(weights) == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_a_strong_prior_makes_weights_equal_and_leaves_their_sum_free():
+    # As above without the third teacher. Equal weights: of the sum's mean slope over 8 pictures,
+    # sigmoid(w) = (0.7 + 0.9) / 2 = 0.8, so w = ln 4.
+    z = torch.zeros(2, 8, 2)
+    z[0, :4, 0] = z[1, 4:, 0] = 1.0
+    labels = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
+    assert fit_weights(z, labels, prior=1e6) == pytest.approx([math.log(4)] * 2, abs=1e-4)
+    weak, strong = fit_weights(z, labels, prior=1)
+    assert math.log(7 / 3) < weak < math.log(4) < strong < math.log(9)
+    # The slopes of 8 NLL and of the prior, (w_t - mean) of both, are in balance.
+    half_gap = (strong - weak) / 2
+    assert 4 * (0.9 - 1 / (1 + math.exp(-strong))) == pytest.approx(half_gap, abs=1e-4)
+    assert 4 * (1 / (1 + math.exp(-weak)) - 0.7) == pytest.approx(half_gap, abs=1e-4)

@@ -137,7 +137,7 @@ def test_a_class_that_cannot_be_split_is_refused_by_name(tmp_path, monkeypatch):
         open_training(parts)
 
 
-# -------------------------------------------------------------------------------- a val/ of one's own
+# ------------------------------------------------------------------------------ a val/ of one's own
 
 
 def test_near_duplicates_of_val_are_counted_and_dropped_from_training(tmp_path, monkeypatch, capfd):
@@ -154,4 +154,5 @@ def test_near_duplicates_of_val_are_counted_and_dropped_from_training(tmp_path, 
     assert call(train_teacher.main, *words, "--drop-leaks", "--overwrite", *CPU) == 0
     assert "18 training and 9 validation pictures" in capfd.readouterr().out
     dataset = load_checkpoint(tmp_path / "runs" / "test_resnet" / "model.pt")["dataset"]
-    assert dataset["dropped"] == [f"train/{name}.jpg" for name in ("cross/z0", "level/z0", "level/z1")]
+    names = ("cross/z0", "level/z0", "level/z1")
+    assert dataset["dropped"] == [f"train/{name}.jpg" for name in names]

@@ -1,18 +1,21 @@
-"""How should teachers be combined? Product of experts against a mean of probabilities.
+"""How should teachers be combined, where validation tells and where it does not?
 
-    python tests/benchmarks/combination.py --data DIR --weights DIR       # 2 sets, 10 minutes each
+    python tests/benchmarks/combination.py --data DIR --weights DIR       # after curves.py: minutes
 
-The teachers of ablations.py, on its development pictures. Both ways have temperatures and weights
-fitted on validation pictures: the product as build_ensemble.py does, the mean by expectation
-maximisation with one imagined picture per teacher (Dempster, Laird and Rubin 1977).
+The teachers and development pictures of curves.py. Temperatures and weights are fitted on three
+kinds of validation pictures: as they are; a fifth of them; and with half as many training pictures
+among them, which the teachers know by heart. Compared are the prior's strengths in `fit_weights`,
+equal weights, and a mean of probabilities whose weights come from expectation maximisation with one
+imagined picture per teacher (Dempster, Laird and Rubin 1977).
 """
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from ablations import TASKS, development_folder
-from accuracy import TEACHERS, teach
-from bench import print_table, run_stages
+from accuracy import TEACHERS
+from bench import print_table
+from curves import SETS, TAUGHT, development_folder, task_of, teacher
 
 from common import cli, models, splits
 from common.losses import fit_temperature, fit_weights
@@ -20,6 +23,9 @@ from common.metrics import score
 from common.pictures import DecodedCache
 
 ROUNDS = 200  # of expectation maximisation
+PRIORS = (0, 3, 10, 30, 100, 300, 1000)
+WAYS = ("mean of probabilities", "equal weights", *(f"prior {prior}" for prior in PRIORS))
+KINDS = ("as it is", "a fifth of it", "leaking")
 
 
 def mean_weights(probabilities, labels):
@@ -34,55 +40,87 @@ def mean_weights(probabilities, labels):
     return w.flatten().tolist()
 
 
-def calibrated_logits(homes, device):
-    """(of val, val labels, of the development set, its labels); logits are [teachers, N, K]."""
-    cache, of_val, of_test = DecodedCache(cli.CACHE), [], []
+def outputs(homes, device):
+    """{"train", "val", "test": (logits of all teachers, float32 [teachers, N, K], labels [N])}."""
+    cache, found = DecodedCache(cli.CACHE), {}
     for home in homes:
         model, state = models.load_model(home / "model.pt", device)
-        _, val, dataset = splits.open_training(cache, state["dataset"])
+        train, val, dataset = splits.open_training(cache, state["dataset"])
         test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
-        logits = models.predict(model, val, device)
-        temperature = fit_temperature(logits, val.labels)
-        of_val.append(logits / temperature)
-        of_test.append(models.predict(model, test, device) / temperature)
-    return torch.stack(of_val), val.labels, torch.stack(of_test), test.labels
+        for name, pictures in (("train", train), ("val", val), ("test", test)):
+            logits, _ = found.setdefault(name, ([], pictures.labels))
+            logits.append(models.predict(model, pictures, device))
+    return {name: (torch.stack(logits), labels) for name, (logits, labels) in found.items()}
+
+
+def validation_sets(found, seed):
+    """{kind: (logits, labels)} to fit on."""
+    (val, labels), (train, known) = found["val"], found["train"]
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    few = order[: max(10, len(order) // 5)]
+    leaked = torch.from_numpy(np.random.default_rng(seed).permutation(len(known)))
+    leaked = leaked[: len(labels) // 2]
+    both = torch.cat([val, train[:, leaked]], 1), torch.cat([labels, known[leaked]])
+    return dict(zip(KINDS, [(val, labels), (val[:, few], labels[few]), both]))
+
+
+def combined(way, logits, labels, test):
+    """(weights, float [N, K] probabilities) of the test pictures. logits: to fit on."""
+    temperatures = [fit_temperature(each, labels) for each in logits]
+    scaled, test = (
+        torch.stack([z / t for z, t in zip(each, temperatures)]) for each in (logits, test)
+    )
+    if way == WAYS[0]:
+        weights = mean_weights(torch.softmax(scaled, 2), labels)
+        return weights, sum(w * p for w, p in zip(weights, torch.softmax(test, 2)))
+    weights = [1 / len(test)] * len(test)
+    if way != WAYS[1]:
+        weights = fit_weights(scaled, labels, prior=float(way.split()[1]))
+    return weights, torch.softmax(sum(w * z for w, z in zip(weights, test)), 1)
 
 
 def run(name, seed, args, device):
-    """Rows of the table for one set and seed."""
-    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}_{TASKS[name].side}px"
+    """{(kind, way): (weights, balanced accuracy in %, NLL)} of one set and seed; prints them."""
+    task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
     pictures = development_folder(task, args, home, seed)
-    run_stages([teach(task, pictures, home, args.weights, seed)], home)
-    val, val_labels, test, labels = calibrated_logits([home / name for name in TEACHERS], device)
-
-    product = fit_weights(val, val_labels)
-    mean = mean_weights(torch.softmax(val, 2), val_labels)
-    answers = {
-        **dict(zip(TEACHERS, torch.softmax(test, 2))),
-        "mean of probabilities": sum(w * p for w, p in zip(mean, torch.softmax(test, 2))),
-        "product of experts": torch.softmax(sum(w * z for w, z in zip(product, test)), 1),
-    }
-    weights = {"mean of probabilities": mean, "product of experts": product}
-    for answer, probabilities in answers.items():
-        s = score(probabilities, labels)
-        used = ", ".join(f"{w:.2f}" for w in weights.get(answer, []))
-        scores = [f"{100 * s['balanced_accuracy']:.1f}", f"{s['nll']:.3f}", f"{s['ece']:.3f}"]
-        yield [name, answer, used, *scores]
+    homes = [teacher(task, pictures, each, TAUGHT, home, seed, args) for each in TEACHERS]
+    found = outputs(homes, device)
+    test, labels = found["test"]
+    results, lines = {}, []
+    for kind, (logits, known) in validation_sets(found, seed).items():
+        for way in WAYS:
+            weights, probabilities = combined(way, logits, known, test)
+            s = score(probabilities, labels)
+            results[kind, way] = 100 * s["balanced_accuracy"], s["nll"]
+            used = ", ".join(f"{w:.2f}" for w in weights)
+            cells = [f"{100 * s['balanced_accuracy']:.1f}", f"{s['nll']:.3f}"]
+            lines.append([kind, way, used, *cells])
+    print(f"\n{name}, seed {seed}: {len(labels)} development pictures\n")
+    print_table(["validation", "", "weights", "balanced accuracy, %", "NLL"], lines)
+    return results
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, required=True, help="folder with the teachers' weights")
-    p.add_argument("--sets", nargs="+", default=["neu_cls_10", "elpv_100"], choices=list(TASKS),
-                   metavar="NAME", help="sets of ablations.py")
-    p.add_argument("--seed", type=cli.seed, default=100)
-    p.add_argument("--output", default="runs/ablations", help="folder for the runs")
+    p.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="NAME")
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")
+    p.add_argument("--output", default="runs/curves", help="folder of curves.py")
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     device = cli.pick_device(args.device)
-    rows = [row for name in args.sets for row in run(name, args.seed, args, device)]
-    print_table(["set", "", "weights", "balanced accuracy, %", "NLL", "ECE"], rows)
+    runs = [run(name, seed, args, device) for seed in args.seeds for name in args.sets]
+    lines = []
+    for way in WAYS:
+        cells = []
+        for kind in KINDS:
+            balanced, nll = np.mean([results[kind, way] for results in runs], axis=0)
+            cells += [f"{balanced:.1f}", f"{nll:.3f}"]
+        lines.append([way, *cells])
+    head = [text for kind in KINDS for text in (f"{kind}: balanced, %", "NLL")]
+    print(f"\nmean of {len(runs)} sets and seeds\n")
+    print_table(["validation", *head], lines)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 
 Development pictures: a third of the training ones (whole positions of the ball screw), another
 third for every seed, so the test split stays shut. Every point is a training of its own with its
-own schedule. Students of all lengths see the same pictures, and the distilled ones the same
-ensemble, whose teachers were trained for TAUGHT steps. A point that is in the CSV is not made again.
+own schedule. Students of all lengths see the same pictures, and the distilled ones learn from the
+same ensemble, whose teachers were trained for TAUGHT steps. A point that is in the CSV is not made
+again.
 """
 
 from dataclasses import replace
@@ -37,6 +38,11 @@ FIELDS = (
 # ------------------------------------------------------------------------------------ pictures
 
 
+def task_of(name):
+    """The set as accuracy.py has it, but small."""
+    return replace(AS_TESTED[name], size=SIZES.get(name, SIZE))
+
+
 def development_folder(task, args, home, seed):
     """The set as accuracy.py lays it out, but a third of its training pictures are test/."""
     theirs, source = source_of(task, args.data, Path(args.output)), home / "source"
@@ -56,8 +62,7 @@ def development_folder(task, args, home, seed):
 
 def run(name, model, steps, seed, args):
     """Train one model for one length and append its row."""
-    home = Path(args.output) / name / f"seed_{seed}"
-    task = replace(AS_TESTED[name], size=SIZES.get(name, SIZE))
+    task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
     pictures = development_folder(task, args, home, seed)
     if model in TEACHERS:
         path = teacher(task, pictures, model, steps, home, seed, args) / "model.pt"
