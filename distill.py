@@ -47,10 +47,11 @@ def parse_arguments():
     p.add_argument("--temperature", type=cli.positive_float, default=2.0,
                    help="T that softens teachers and student in the loss (default: %(default)s)")
     start = p.add_mutually_exclusive_group()
-    start.add_argument("--pretrained", action="store_true",
-                       help="start from torchvision's ImageNet weights (needs a network once)")
+    start.add_argument("--pretrained", nargs="?", choices=models.RESNET18, const="torchvision",
+                       help="start from ImageNet weights of torchvision (the default) or timm "
+                       "(needs a network once)")
     start.add_argument("--weights", metavar="FILE",
-                       help="start from a ResNet18 in torchvision's key names (.safetensors, .pth)")
+                       help="start from a ResNet18 of torchvision or timm (.safetensors, .pth)")
     p.add_argument("--steps", type=cli.positive_int, metavar="N",
                    help=f"batches to train on (default: {STEPS}; {EMBEDDED_STEPS} for the embedded "
                    "set)")

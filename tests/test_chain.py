@@ -241,6 +241,24 @@ def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp
         assert student.backbone.fc.out_features == 3
 
 
+def test_a_student_starts_from_timms_resnet18_too(tmp_path, monkeypatch):
+    theirs, asked = timm.create_model("resnet18", num_classes=5).eval(), []
+
+    def create_model(name, pretrained):
+        asked.append((name, pretrained))
+        return theirs
+
+    monkeypatch.setattr(models.timm, "create_model", create_model)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    pixels = torch.rand(2, 3, *SIZE)
+    for start in ({"pretrained": "timm"}, {"weights": tmp_path / "w.pth"}):
+        student = models.create_student(3, SIZE, **start).eval().backbone
+        student.fc = torch.nn.Identity()  # what it starts without
+        features = theirs.forward_head(theirs.forward_features(pixels), pre_logits=True)
+        assert torch.allclose(student(pixels), features, atol=1e-5)
+    assert asked == [("resnet18.a1_in1k", True)]
+
+
 # ---------------------------------------------------------------------------------------- ensemble
 
 

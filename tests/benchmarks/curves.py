@@ -3,7 +3,7 @@
     python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE
     python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE \\
         --sets elpv_100 --seeds 100 --lengths 500 2000 --models alone distilled
-    python tests/benchmarks/curves.py --picture        # curves.svg and a table, from curves.csv
+    python tests/benchmarks/curves.py --picture      # curves.svg and tables, from the CSV alone
 
 Development pictures: a third of the training ones (whole positions of the ball screw), another
 third for every seed, so the test split stays shut. Every point is a training of its own with its
@@ -18,7 +18,17 @@ from pathlib import Path
 import numpy as np
 from accuracy import TASKS as AS_TESTED
 from accuracy import TEACHERS, group_of, lay_out, source_of, teach
-from bench import append_rows, call, link, read_rows, run_stages, select, this_commit
+from bench import (
+    append_rows,
+    call,
+    link,
+    print_table,
+    read_rows,
+    run_stages,
+    select,
+    this_commit,
+    with_std,
+)
 
 from common import cli
 from common.files import load_json
@@ -102,6 +112,55 @@ def ensemble(task, pictures, home, seed, args):
     return home / "ensemble"
 
 
+# ------------------------------------------------------------------------------- picture, tables
+
+
+def by_length(rows):
+    """{steps: balanced accuracies in %, one per seed} of some rows, in the order of the steps."""
+    found = {}
+    for row in sorted(rows, key=lambda row: int(row["steps"])):
+        found.setdefault(int(row["steps"]), []).append(100 * float(row["balanced_accuracy"]))
+    return found
+
+
+def print_curves(rows):
+    """A table per set: balanced accuracy of each model at each length, over seeds."""
+    for name in [name for name in SETS if select(rows, set=name)]:
+        of_set = select(rows, set=name)
+        lengths = sorted({int(row["steps"]) for row in of_set})
+        seeds = ", ".join(sorted({row["seed"] for row in of_set}))
+        print(f"\n{name}: seeds {seeds}, {of_set[0]['n']} development pictures\n")
+        lines = []
+        for model in MODELS:
+            found = by_length(select(of_set, model=model))
+            cells = [with_std(found[n]) if n in found else "" for n in lengths]
+            lines.append([model, *cells])
+        print_table(["balanced accuracy, % (std)", *(f"{n} steps" for n in lengths)], lines)
+
+
+def draw_curves(rows, path):
+    """One panel per set: a line through the means over seeds, a dot for each of them."""
+    import matplotlib.pyplot as plt
+
+    sets = [name for name in SETS if select(rows, set=name)]
+    figure, panels = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.6), squeeze=False)
+    for panel, name in zip(panels[0], sets):
+        for number, model in enumerate(MODELS):
+            found = by_length(select(rows, set=name, model=model))
+            means = [np.mean(values) for values in found.values()]
+            (line,) = panel.plot(list(found), means, color=f"C{number}", label=model, marker="_")
+            for steps, values in found.items():
+                panel.plot([steps] * len(values), values, ".", color=line.get_color())
+        panel.set(title=name, xscale="log", xlabel="steps", xticks=LENGTHS, xticklabels=LENGTHS)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("balanced accuracy, %")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(MODELS), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
@@ -123,6 +182,10 @@ def main():
                     wanted = dict(set=name, seed=str(seed), model=model, steps=str(steps))
                     if not select(read_rows(args.csv), **wanted):
                         run(name, model, steps, seed, args)
+    rows = read_rows(args.csv)
+    print_curves(rows)
+    if args.picture:
+        draw_curves(rows, Path(args.csv).with_suffix(".svg"))
 
 
 if __name__ == "__main__":
