@@ -218,6 +218,8 @@ class Run:
         self.bar.update()
         if self.steps_done % CHECK == 0:
             self.require_finite()
+        if self.steps_done == self.first_step + CHECK and self.schedule.steps > SAVES * CHECK:
+            tqdm.write(f"{self.folder}: {self.time_left()} left")
 
     def require_finite(self):
         """Raise a UserError that names the first step whose loss is not finite."""
@@ -269,12 +271,18 @@ class Run:
             "seconds": round(seconds, 1),
         }
         self.history.append(row)
-        left = seconds / (self.steps_done - self.first_step) * (steps - self.steps_done)
         tqdm.write(
             f"{self.folder} step {self.steps_done}/{steps}: loss {loss:.3f}, "
             f"val accuracy {row['val_accuracy']:.3f}, balanced {row['val_balanced_accuracy']:.3f}, "
-            f"NLL {row['val_nll']:.3f}, lr {row['lr']:.1e}, {left:.0f} s left"
+            f"NLL {row['val_nll']:.3f}, lr {row['lr']:.1e}, {self.time_left()} left"
         )
+
+    def time_left(self):
+        """How long the steps to come take if they go on like those done, in words."""
+        seconds = time.perf_counter() - self.began
+        left = seconds / (self.steps_done - self.first_step)
+        left *= self.schedule.steps - self.steps_done
+        return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
 
     def write(self, metrics):
         """Write last.pt, and what `write_rest` adds to it."""

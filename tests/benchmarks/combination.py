@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TEACHERS
 from bench import print_table
 from curves import SETS, TAUGHT, development_folder, task_of, teacher
 
@@ -83,7 +82,7 @@ def run(name, seed, args, device):
     """{(kind, way): (weights, balanced accuracy in %, NLL)} of one set and seed; prints them."""
     task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
     pictures = development_folder(task, args, home, seed)
-    homes = [teacher(task, pictures, each, TAUGHT, home, seed, args) for each in TEACHERS]
+    homes = [teacher(task, pictures, *each, home, seed, args) for each in TAUGHT.items()]
     found = outputs(homes, device)
     test, labels = found["test"]
     results, lines = {}, []

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/near_duplicates.py --sets DIR [DIR ...]     # a minute a set
     python tests/benchmarks/near_duplicates.py --sets data/fasteners --view-size 64
+    python tests/benchmarks/near_duplicates.py --clusters DIR [DIR ...] # half a minute a set
     python tests/benchmarks/near_duplicates.py --scale 1000 10000       # seconds; 100000 takes 10 s
     python tests/benchmarks/near_duplicates.py --sets DIR --imagededup  # beside that package
 
@@ -10,6 +11,7 @@ mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two thirds, cro
 random place, or mirrored, brightened, cropped and encoded together. All training pictures are the
 earlier set. The real test pictures show how often pictures that merely look alike are called
 near-duplicates (some do show the same part); those with the pixels of another one are left out.
+--clusters tells what hangs together within train/, at its default size, and so is never split.
 """
 
 import io
@@ -25,11 +27,20 @@ import torch.nn.functional as F
 from bench import machine, print_table
 from PIL import Image, ImageEnhance
 
-from common import cli
+from common import cli, splits
 from common.audit.near_duplicates import exact_copies, likeness_of_copies, near_duplicates
 from common.files import UserError, px
-from common.pictures import Decoded, Pictures, list_pictures, resize
+from common.pictures import (
+    WHITE_LEVEL,
+    Decoded,
+    DecodedCache,
+    Pictures,
+    list_pictures,
+    resize,
+)
+from common.validation import joined
 from infer import read_picture
+from train_teacher import default_view_size
 
 PLANTED = 210  # at most
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.8)  # of the likeness, beside the one in use
@@ -184,6 +195,23 @@ def measure_imagededup(train, originals, copies, fresh):
     )
 
 
+def clusters(folder):
+    """A row about the clusters of near-duplicates within a training folder."""
+    size = default_view_size(folder)
+    dataset = {"view_size": size, "white_level": WHITE_LEVEL}
+    _, train = splits.open_labelled(DecodedCache(cli.CACHE), folder / "train", dataset)
+    start = time.perf_counter()
+    pairs = near_duplicates(train, np.arange(len(train)))
+    seconds = time.perf_counter() - start
+    members = {}
+    for row, name in enumerate(joined(train.paths(), pairs)):
+        members.setdefault(name, []).append(row)
+    grown = [rows for rows in members.values() if len(rows) > 1]
+    mixed = sum(len(set(train.labels[rows].tolist())) > 1 for rows in grown)
+    counts = [len(train), sum(map(len, grown)), len(grown), max(map(len, members.values())), mixed]
+    return [folder.name, px(size), *map(str, counts), f"{seconds:.0f}"]
+
+
 def measure_scale(n, side=64):
     """Time and memory for n pictures of random blobs, half of them earlier."""
     rng = np.random.default_rng(0)
@@ -216,6 +244,8 @@ def main():
                    help="ImageFolders with train/ and test/")
     p.add_argument("--view-size", type=cli.picture_size, default=[224, 224], metavar="HxW",
                    help="px at which pictures are compared (default: 224)")
+    p.add_argument("--clusters", nargs="+", type=Path, default=[], metavar="DIR",
+                   help="ImageFolders with train/")
     p.add_argument("--scale", nargs="+", type=cli.positive_int, default=[], metavar="N",
                    help="numbers of made pictures to measure time and memory with")
     p.add_argument("--imagededup", action="store_true", help="the package imagededup as well")
@@ -224,6 +254,9 @@ def main():
         raise UserError("--imagededup: the package imagededup is not installed")
     for folder in args.sets:
         measure(folder, args.view_size, args.imagededup)
+    if args.clusters:
+        head = ["set", "views", "pictures", "in clusters", "clusters", "largest", "mixed classes"]
+        print_table([*head, "s"], [clusters(folder) for folder in args.clusters])
     for n in args.scale:
         measure_scale(n)
     print(f"\n{machine()}")
