@@ -79,11 +79,14 @@ def run(name, model, steps, seed, args):
     else:
         path = ensemble(task, pictures, home, seed, args)
     if model in ("alone", "distilled"):
-        student, alpha = home / f"{model}_{steps}", ["--alpha", 0] if model == "alone" else []
-        call("distill.py", path, "--steps", steps, "--weights", args.student_weights, *alpha,
-             *task.flags, "--output", student, "--seed", seed, "--overwrite")
-        path = student / "model.pt"
+        alpha = ["--alpha", 0] if model == "alone" else []
+        path = student(model, steps, path, task, home, seed, args, *alpha)
+    row = [name, seed, model, steps, *score(path, pictures, home), this_commit()]
+    append_rows(args.csv, FIELDS, [row])
 
+
+def score(path, pictures, home):
+    """What a model says of the development pictures: the columns from n to seconds."""
     report = home / "report"
     call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
     (result,) = load_json(report / "metrics.json")["models"].values()
@@ -91,7 +94,7 @@ def run(name, model, steps, seed, args):
     last = read_rows(path.parent / "log.csv")[-1] if path.name == "model.pt" else {}
     found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
     found += [last.get(key, "") for key in ("val_accuracy", "val_balanced_accuracy", "seconds")]
-    append_rows(args.csv, FIELDS, [[name, seed, model, steps, scores["n"], *found, this_commit()]])
+    return [scores["n"], *found]
 
 
 def teacher(task, pictures, model, steps, home, seed, args):
@@ -102,14 +105,26 @@ def teacher(task, pictures, model, steps, home, seed, args):
     return runs / model
 
 
-def ensemble(task, pictures, home, seed, args):
-    """The folder of the ensemble that the distilled students learn from, built where missing."""
-    teachers = [teacher(task, pictures, *each, home, seed, args) for each in TAUGHT.items()]
-    words = ["build_ensemble.py", *(each / "model.pt" for each in teachers), "--seed", seed]
+def ensemble(task, pictures, home, seed, args, *more, taught=TAUGHT, name="ensemble"):
+    """The folder of an ensemble, built where it is missing: by default of the students' teachers.
+
+    more: flags of build_ensemble.py.
+    """
+    teachers = [teacher(task, pictures, *each, home, seed, args) for each in taught.items()]
+    words = ["build_ensemble.py", *(each / "model.pt" for each in teachers), "--seed", seed, *more]
     seen = [file for part in ("train", "unlabelled") for file in (pictures / part).rglob("*.*")]
-    words += ["--views", PICTURE_VIEWS // len(seen), "--output", home / "ensemble"]
-    run_stages([("ensemble", words)], home)
-    return home / "ensemble"
+    words += ["--views", PICTURE_VIEWS // len(seen), "--output", home / name]
+    run_stages([(name, words)], home)
+    return home / name
+
+
+def student(name, steps, ensemble, task, home, seed, args, *more):
+    """The checkpoint of a student, trained where it is missing. more: flags of distill.py."""
+    folder = home / f"{name}_{steps}"
+    words = ["distill.py", ensemble, "--steps", steps, "--weights", args.student_weights, *more]
+    words += [*task.flags, "--output", folder, "--seed", seed, "--overwrite"]
+    run_stages([(f"{name} {steps}", words)], home)
+    return folder / "model.pt"
 
 
 # ------------------------------------------------------------------------------- picture, tables
