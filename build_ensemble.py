@@ -53,9 +53,6 @@ def parse_arguments():
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
-    p.add_argument("--mixture", choices=["fitted", "equal"], default="fitted",
-                   help="weights of the teachers: fitted on validation pictures (the default), "
-                   "or equal")
     p.add_argument("--dtype", choices=["float32", "float16"], default="float32",
                    help="of the stored logits; float16 takes half the space and changes soft "
                    "targets by less than 0.001 (default: %(default)s)")
@@ -125,7 +122,7 @@ def build(args):
         start_build(folder, spec, args.overwrite)
         val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
         require_finite(val_logits.numpy(), paths)
-        mixture = fit_mixture(val_logits, val.labels, args.mixture, paths)
+        mixture = fit_mixture(val_logits, val.labels, paths)
         cli.lap("validation")
         scaled = scale(val_logits, mixture["temperatures"])
         label_errors = find_label_errors(teachers, train, val, torch.softmax(scaled, dim=2))
@@ -208,17 +205,15 @@ def choose_recipe(paths, states, changes):
 # ------------------------------------------------------------------- what the teachers say of val
 
 
-def fit_mixture(val_logits, val_labels, mixture, paths):
+def fit_mixture(val_logits, val_labels, paths):
     """Fit temperatures and weights on validation, and print what they give.
 
-    val_logits: float32 [teachers, N, classes]; val_labels: int64 [N]; mixture: "fitted" or "equal";
-    paths: of the teachers. Returns plain data for ensemble.json.
+    val_logits: float32 [teachers, N, classes]; val_labels: int64 [N]; paths: of the teachers.
+    Returns plain data for ensemble.json.
     """
     temperatures = [fit_temperature(logits, val_labels) for logits in val_logits]
     scaled = scale(val_logits, temperatures)
-    weights = [1 / len(paths)] * len(paths)
-    if mixture == "fitted":
-        weights = fit_weights(scaled, val_labels)
+    weights = fit_weights(scaled, val_labels)
 
     rows = list(zip(map(str, paths), weights, temperatures, torch.softmax(scaled, dim=2)))
     together = product_of_experts(val_logits, temperatures, weights)
@@ -237,7 +232,6 @@ def fit_mixture(val_logits, val_labels, mixture, paths):
     return {
         "temperatures": temperatures,
         "weights": weights,
-        "mixture": mixture,
         "validation": validation,
     }
 
