@@ -46,6 +46,8 @@ def parse_arguments():
                    "(default: %(default)s)")
     p.add_argument("--temperature", type=cli.positive_float, default=2.0,
                    help="T that softens teachers and student in the loss (default: %(default)s)")
+    p.add_argument("--labels-last", type=cli.fraction, default=0.0, metavar="SHARE",
+                   help="of the steps, over which alpha falls to 0 (default: %(default)s)")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--pretrained", nargs="?", choices=models.RESNET18, const="torchvision",
                        help="start from ImageNet weights of torchvision (the default) or timm "
@@ -155,6 +157,9 @@ def distil(output, onnx, args):
         if cache:
             q = cache.targets(views, indices, T)  # of these very pixels
             q = q.to(device, non_blocking=True)
+            if args.labels_last:
+                left = 1 - run.steps_done / steps
+                alpha = args.alpha * min(1.0, left / args.labels_last)
             loss = (1 - alpha) * distributed.label_weight(labels) * loss
             loss = loss + alpha * T**2 * soft_divergence(q, logits / T)
         run.step(loss)

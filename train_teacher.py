@@ -57,6 +57,8 @@ def parse_arguments():
                        help="start from timm's weights (needs a network once)")
     start.add_argument("--weights", nargs="+", metavar="FILE",
                        help="start from weight files, one per --model")
+    p.add_argument("--frozen", nargs="+", default=[], metavar="NAME",
+                   help="models of --model of which only the new head is trained")
     p.add_argument("--steps", type=cli.positive_int, nargs="+", metavar="N",
                    help="batches to train on, one number for all models or one for each "
                    f"(default: {STEPS})")
@@ -287,6 +289,10 @@ def create(number, dataset, img_size, args):
         args.pretrained,
         args.weights[number] if args.weights else None,
     )
+    if args.model[number] in args.frozen:
+        model.requires_grad_(False)
+        model.backbone.get_classifier().requires_grad_(True)
+        return model, parameter_groups(model, args.weight_decay)
     if not (args.pretrained or args.weights):
         return model, parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)

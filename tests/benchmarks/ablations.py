@@ -28,7 +28,16 @@ from bench import (
     select,
     this_commit,
 )
-from curves import SETS, TAUGHT, development_folder, ensemble, score, student, task_of
+from curves import (
+    SETS,
+    TAUGHT,
+    development_folder,
+    ensemble,
+    file_name,
+    score,
+    student,
+    task_of,
+)
 
 from build_ensemble import in_batches, teacher_logits
 from common import cli, models, splits
@@ -50,10 +59,11 @@ class Row:
     build: tuple = ()
     student: tuple = ()
     steps: float = 1
-    teachers: tuple = TEACHERS
+    teachers: tuple = TAUGHT
     cross_fitted: bool = False
 
 
+FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0], "--lr", 3e-3)
 ALONE = ("--alpha", 0)
 ROWS = {
     "base": Row(),
@@ -62,11 +72,14 @@ ROWS = {
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
     "alpha 0.5": Row(student=("--alpha", 0.5)),
+    "alpha falls to 0 over the last tenth": Row(student=("--labels-last", 0.1)),
     "temperature 4": Row(student=("--temperature", 4)),
     "twice the steps": Row(steps=2),
     "batch 96, a quarter of the steps": Row(student=("--batch-size", 96), steps=0.25),
-    "transformer teacher alone": Row(teachers=TEACHERS[:1]),
-    "CNN teacher alone": Row(teachers=TEACHERS[1:]),
+    "transformer teacher alone": Row(teachers=TAUGHT[:1]),
+    "CNN teacher alone": Row(teachers=TAUGHT[1:]),
+    "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
+    "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
 OF_CURVES = {"base": "distilled", "stand-alone": "alone"}  # what curves.py calls the same student
@@ -94,10 +107,10 @@ def run(name, row, seed, args):
 
 def build(change, task, pictures, home, seed, args):
     """The folder of the row's ensemble, built where it is missing."""
-    taught = {name: TAUGHT[name] for name in change.teachers}
-    words = [*change.build, *change.teachers] if change.teachers != TEACHERS else change.build
-    folder = ensemble(task, pictures, home, seed, args, *change.build, taught=taught,
-                      name=file_name("ensemble", *words))
+    words = [word for each in change.teachers for word in each] if change.teachers != TAUGHT else []
+    name = file_name("ensemble", *change.build, *words)
+    folder = ensemble(task, pictures, home, seed, args, *change.build, taught=change.teachers,
+                      name=name)
     if not change.cross_fitted:
         return folder
     fitted = home / "ensemble_cross_fitted"
@@ -142,8 +155,8 @@ def fold_teachers(folder, task, seed, args):
     checkpoints = [runs / name / "model.pt" for name in TEACHERS]
     build = ["build_ensemble.py", *checkpoints, "--unlabelled", "none", "--views", 1]
     build += ["--output", runs / "ensemble", "--seed", seed, "--overwrite"]
-    stages = [teach(task, folder, runs, args.weights, seed, steps=TAUGHT), ("ensemble", build)]
-    run_stages(stages, folder)
+    teachers = teach(task, folder, runs, args.weights, seed, steps=dict(TAUGHT))
+    run_stages([teachers, ("ensemble", build)], folder)
     networks = [models.load_model(path, DEVICE)[0] for path in checkpoints]
     return networks, load_ensemble(runs / "ensemble")
 
@@ -170,12 +183,6 @@ def fold_folder(pictures, home, fold):
 def training_files(pictures):
     """The training pictures of a folder, in the order that folds count them by."""
     return sorted((pictures / "train").rglob("*.*"))
-
-
-def file_name(*words):
-    """Words as the name of a folder: letters, digits and underscores."""
-    text = "_".join(map(str, words))
-    return "".join(c if c.isalnum() else "_" for c in text)
 
 
 # -------------------------------------------------------------------------------------- tables

@@ -39,11 +39,11 @@ def mean_weights(probabilities, labels):
     return w.flatten().tolist()
 
 
-def outputs(homes, device):
+def outputs(paths, device):
     """{"train", "val", "test": (logits of all teachers, float32 [teachers, N, K], labels [N])}."""
     cache, found = DecodedCache(cli.CACHE), {}
-    for home in homes:
-        model, state = models.load_model(home / "model.pt", device)
+    for path in paths:
+        model, state = models.load_model(path, device)
         train, val, dataset = splits.open_training(cache, state["dataset"])
         test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
         for name, pictures in (("train", train), ("val", val), ("test", test)):
@@ -82,8 +82,8 @@ def run(name, seed, args, device):
     """{(kind, way): (weights, balanced accuracy in %, NLL)} of one set and seed; prints them."""
     task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
     pictures = development_folder(task, args, home, seed)
-    homes = [teacher(task, pictures, *each, home, seed, args) for each in TAUGHT.items()]
-    found = outputs(homes, device)
+    teachers = [teacher(task, pictures, home, seed, args, *each) for each in TAUGHT]
+    found = outputs(teachers, device)
     test, labels = found["test"]
     results, lines = {}, []
     for kind, (logits, known) in validation_sets(found, seed).items():

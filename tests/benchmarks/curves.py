@@ -35,7 +35,7 @@ from common.files import load_json
 
 SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
 SIZE = 64
-LENGTHS, TAUGHT = (500, 2000, 8000), dict(zip(TEACHERS, (500, 2000)))
+LENGTHS, TAUGHT = (500, 2000, 8000), ((TEACHERS[0], 500), (TEACHERS[1], 2000))
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
 SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")
@@ -75,7 +75,7 @@ def run(name, model, steps, seed, args):
     task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
     pictures = development_folder(task, args, home, seed)
     if model in TEACHERS:
-        path = teacher(task, pictures, model, steps, home, seed, args) / "model.pt"
+        path = teacher(task, pictures, home, seed, args, model, steps)
     else:
         path = ensemble(task, pictures, home, seed, args)
     if model in ("alone", "distilled"):
@@ -97,25 +97,30 @@ def score(path, pictures, home):
     return [scores["n"], *found]
 
 
-def teacher(task, pictures, model, steps, home, seed, args):
-    """The folder of a teacher of some steps, trained where it is missing."""
-    runs = home / f"teachers_{steps}"
-    _, words = teach(task, pictures, runs, args.weights, seed, steps={model: steps})
-    run_stages([(f"{model} {steps}", words)], home)
-    return runs / model
+def teacher(task, pictures, home, seed, args, model, steps, *more):
+    """The checkpoint of a teacher, trained where it is missing. more: flags of train_teacher.py."""
+    runs = home / file_name("teachers", steps, *more)
+    _, words = teach(task, pictures, runs, args.weights, seed, *more, steps={model: steps})
+    run_stages([(" ".join(map(str, [model, steps, *more])), words)], home)
+    return runs / model / "model.pt"
 
 
 def ensemble(task, pictures, home, seed, args, *more, taught=TAUGHT, name="ensemble"):
     """The folder of an ensemble, built where it is missing: by default of the students' teachers.
 
-    more: flags of build_ensemble.py.
+    taught: (model, steps, *flags) of each teacher; more: flags of build_ensemble.py.
     """
-    teachers = [teacher(task, pictures, *each, home, seed, args) for each in taught.items()]
-    words = ["build_ensemble.py", *(each / "model.pt" for each in teachers), "--seed", seed, *more]
+    teachers = [teacher(task, pictures, home, seed, args, *each) for each in taught]
+    words = ["build_ensemble.py", *teachers, "--seed", seed, *more, "--output", home / name]
     seen = [file for part in ("train", "unlabelled") for file in (pictures / part).rglob("*.*")]
-    words += ["--views", PICTURE_VIEWS // len(seen), "--output", home / name]
-    run_stages([(name, words)], home)
+    run_stages([(name, [*words, "--views", PICTURE_VIEWS // len(seen)])], home)
     return home / name
+
+
+def file_name(*words):
+    """Words as the name of a folder: letters, digits and underscores."""
+    text = "_".join(map(str, words))
+    return "".join(c if c.isalnum() else "_" for c in text)
 
 
 def student(name, steps, ensemble, task, home, seed, args, *more):
@@ -193,7 +198,7 @@ def main():
         for name in args.sets:
             for steps in args.lengths:
                 for model in args.models:
-                    steps = max(TAUGHT.values()) if model == "ensemble" else steps
+                    steps = TAUGHT[1][1] if model == "ensemble" else steps
                     wanted = dict(set=name, seed=str(seed), model=model, steps=str(steps))
                     if not select(read_rows(args.csv), **wanted):
                         run(name, model, steps, seed, args)
