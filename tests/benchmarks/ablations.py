@@ -64,6 +64,7 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0], "--lr", 3e-3)
+EMBEDDING = f"{file_name('teachers', *FROZEN[1:])}/{TEACHERS[0]}/model.pt"  # made by the rows before
 ALONE = ("--alpha", 0)
 ROWS = {
     "base": Row(),
@@ -80,6 +81,7 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
+    "frozen transformer's embedding first": Row(student=("--embedding", f"{{home}}/{EMBEDDING}")),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
 OF_CURVES = {"base": "distilled", "stand-alone": "alone"}  # what curves.py calls the same student
@@ -99,7 +101,8 @@ def run(name, row, seed, args):
     pictures = development_folder(task, args, home, seed)
     taught_by = build(change, task, pictures, home, seed, args)
     steps, student_name = round(change.steps * STEPS), OF_CURVES.get(row) or file_name(row)
-    model = student(student_name, steps, taught_by, task, home, seed, args, *change.student)
+    flags = [str(word).format(home=home) for word in change.student]
+    model = student(student_name, steps, taught_by, task, home, seed, args, *flags)
     n, *scores, _, _, seconds = score(model, pictures, home)
     row = [GROUP, name, seed, "warm", row, n, *scores, steps, seconds, this_commit()]
     append_rows(args.csv, FIELDS, [row])
