@@ -63,8 +63,9 @@ class Row:
     cross_fitted: bool = False
 
 
+# Its embedding is matched by a row behind those that train it.
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0], "--lr", 3e-3)
-EMBEDDING = f"{file_name('teachers', *FROZEN[1:])}/{TEACHERS[0]}/model.pt"  # made by the rows before
+EMBEDDING = f"{file_name('teachers', *FROZEN[1:])}/{TEACHERS[0]}/model.pt"
 ALONE = ("--alpha", 0)
 ROWS = {
     "base": Row(),
