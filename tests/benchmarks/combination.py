@@ -2,7 +2,8 @@
 
     python tests/benchmarks/combination.py --data DIR --weights DIR       # after curves.py: minutes
 
-The teachers and development pictures of curves.py. Temperatures and weights are fitted on three
+The teachers and development pictures of curves.py, and the default teachers of the embedded set on
+another draw of it, of which one is much the weaker. Temperatures and weights are fitted on three
 kinds of validation pictures: as they are; a fifth of them; and with half as many training pictures
 among them, which the teachers know by heart. Compared are the prior's strengths in `fit_weights`,
 equal weights, and a mean of probabilities whose weights come from expectation maximisation with one
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import print_table
+from bench import print_table, run_stages
 from curves import SETS, TAUGHT, development_folder, task_of, teacher
 
+import train_teacher
 from common import cli, models, splits
+from common.fasteners import dataset as fasteners
 from common.losses import fit_temperature, fit_weights
 from common.metrics import score
 from common.pictures import DecodedCache
@@ -24,6 +27,8 @@ from common.pictures import DecodedCache
 ROUNDS = 200  # of expectation maximisation
 PRIORS = (0, 3, 10, 30, 100, 300, 1000)
 WAYS = ("mean of probabilities", "equal weights", *(f"prior {prior}" for prior in PRIORS))
+EMBEDDED = "embedded, another draw"
+fasteners.SEED += 1000  # so that it is another one
 KINDS = ("as it is", "a fifth of it", "leaking")
 
 
@@ -37,6 +42,16 @@ def mean_weights(probabilities, labels):
         share = w * likelihood / (w * likelihood).sum(0)
         w = (share.sum(1, keepdim=True) + 1) / (pictures + teachers)
     return w.flatten().tolist()
+
+
+def embedded_teachers(home, seed):
+    """The embedded set's default teachers, trained on another draw of it."""
+    fasteners.make_dataset(home / "data")
+    steps, runs = train_teacher.EMBEDDED_STEPS, home / f"seed_{seed}"
+    words = ["train_teacher.py", "--data-dir", home / "data", "--model", *steps, "--seed", seed]
+    words += ["--steps", *steps.values(), "--lr", train_teacher.EMBEDDED_LR, "--view-size"]
+    run_stages([("teachers", [*words, train_teacher.EMBEDDED_SIZE, "--output", runs])], runs)
+    return [runs / name / "model.pt" for name in steps]
 
 
 def outputs(paths, device):
@@ -80,9 +95,12 @@ def combined(way, logits, labels, test):
 
 def run(name, seed, args, device):
     """{(kind, way): (weights, balanced accuracy in %, NLL)} of one set and seed; prints them."""
-    task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
-    pictures = development_folder(task, args, home, seed)
-    teachers = [teacher(task, pictures, home, seed, args, *each) for each in TAUGHT]
+    if name == EMBEDDED:
+        teachers = embedded_teachers(Path(args.output) / "embedded", seed)
+    else:
+        task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
+        pictures = development_folder(task, args, home, seed)
+        teachers = [teacher(task, pictures, home, seed, args, *each) for each in TAUGHT]
     found = outputs(teachers, device)
     test, labels = found["test"]
     results, lines = {}, []
@@ -103,7 +121,8 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, required=True, help="folder with the teachers' weights")
-    p.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="NAME")
+    sets = (*SETS, EMBEDDED)
+    p.add_argument("--sets", nargs="+", default=sets, choices=sets, metavar="NAME")
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")
     p.add_argument("--output", default="runs/curves", help="folder of curves.py")
     p.add_argument("--device", default="auto")
