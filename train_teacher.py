@@ -210,7 +210,7 @@ def open_pictures(folder, view_size, args):
         train + val, tests, "training", args.drop_leaks, args.allow_leakage
     )
     if not dataset["held_out"]:
-        dropped += repeated_in_val(cache, train, val, args.drop_leaks)
+        dropped += repeated_in_val(cache, train, val, dataset, args.drop_leaks)
         dropped = list(dict.fromkeys(dropped))
     if dropped:
         train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
@@ -223,9 +223,9 @@ def open_pictures(folder, view_size, args):
     return train, val, dataset
 
 
-def repeated_in_val(cache, train, val, drop):
+def repeated_in_val(cache, train, val, dataset, drop):
     """Say how many training pictures val/ nearly repeats; returns the paths of those to drop."""
-    pairs = validation.repeats(cache.home, train, val)
+    pairs = validation.repeats(cache.home, *splits.in_detail(cache, dataset, train, val))
     if not pairs:
         return []
     count, of = len(pairs), len({theirs for _, theirs in pairs})

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common import fasteners, validation
+from common.audit import near_duplicates
 from common.files import UserError, require_same
 from common.pictures import Pictures, is_picture, list_pictures, say_once
 
@@ -126,7 +127,8 @@ def open_training(cache, dataset, moved_to=None):
         held_out = []
     else:
         held_out = dataset.get("held_out") or validation.hold_out(
-            cache.home, train, classes, dataset["val_fraction"], dataset["group_regex"]
+            cache.home, *in_detail(cache, dataset, train), classes, dataset["val_fraction"],
+            dataset["group_regex"],
         )
         held = np.isin(train.paths(), held_out)
         train, val = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
@@ -147,6 +149,17 @@ def open_training(cache, dataset, moved_to=None):
         )
     train, val = (without(each, dataset["dropped"], classes) for each in (train, val))
     return train, val, opened
+
+
+def in_detail(cache, dataset, *sets):
+    """Labelled pictures, a folder each, at a size that tells near-duplicates, or at their own.
+
+    So what is split does not depend on the size of the views. Decoded where that size is another.
+    """
+    sizes = [size[:2] for pictures in sets for size in pictures.sizes()]
+    width, height = np.minimum(np.median(sizes, axis=0), near_duplicates.FINE).astype(int).tolist()
+    changed = {**dataset, "view_size": [height, width]}
+    return [open_labelled(cache, each.parts[0].folder, changed)[1] for each in sets]
 
 
 # ---------------------------------------------------------------------------------- unlabelled

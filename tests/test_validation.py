@@ -91,6 +91,11 @@ def test_twins_and_named_groups_are_joined(parts, capfd):
     assert "near-duplicates" not in capfd.readouterr().out  # the groups held all of them already
 
 
+def test_the_split_does_not_depend_on_the_size_of_the_views(parts):
+    split = [open_training(parts, view_size=size)[1].paths() for size in ([32, 32], [64, 96])]
+    assert split[0] == split[1]
+
+
 def test_later_stages_have_the_split_that_was_drawn(parts, monkeypatch):
     _, val, dataset = open_training(parts)
     monkeypatch.setattr(validation.near_duplicates, "near_duplicates", None)  # would fail
@@ -145,6 +150,9 @@ def test_near_duplicates_of_val_are_counted_and_dropped_from_training(tmp_path, 
     for number in range(2):
         twin(parts / "val" / "level" / "l000.png", parts / "train" / "level" / f"z{number}.jpg")
     twin(parts / "val" / "cross" / "c001.png", parts / "train" / "cross" / "z0.jpg")
+    for file in (parts / "val").rglob("*.png"):  # of another size than those of train/
+        with Image.open(file) as picture:
+            picture.resize((60, 50)).save(file)
     monkeypatch.chdir(tmp_path)
     words = ("--data-dir", "parts", "--view-size", "48x64", "--model", "test_resnet", "--steps", 1)
     assert call(train_teacher.main, *words, *CPU) == 0

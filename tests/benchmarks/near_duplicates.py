@@ -11,7 +11,7 @@ mirrored, turned, brightened, encoded again (JPEG 50), shrunk to two thirds, cro
 random place, or mirrored, brightened, cropped and encoded together. All training pictures are the
 earlier set. The real test pictures show how often pictures that merely look alike are called
 near-duplicates (some do show the same part); those with the pixels of another one are left out.
---clusters tells what hangs together within train/, at its default size, and so is never split.
+--clusters tells what hangs together within train/, and so is never split.
 """
 
 import io
@@ -197,9 +197,10 @@ def measure_imagededup(train, originals, copies, fresh):
 
 def clusters(folder):
     """A row about the clusters of near-duplicates within a training folder."""
-    size = default_view_size(folder)
-    dataset = {"view_size": size, "white_level": WHITE_LEVEL}
-    _, train = splits.open_labelled(DecodedCache(cli.CACHE), folder / "train", dataset)
+    cache = DecodedCache(cli.CACHE)
+    dataset = {"view_size": default_view_size(folder), "white_level": WHITE_LEVEL}
+    _, train = splits.open_labelled(cache, folder / "train", dataset)
+    (train,) = splits.in_detail(cache, dataset, train)
     start = time.perf_counter()
     pairs = near_duplicates(train, np.arange(len(train)))
     seconds = time.perf_counter() - start
@@ -209,7 +210,7 @@ def clusters(folder):
     grown = [rows for rows in members.values() if len(rows) > 1]
     mixed = sum(len(set(train.labels[rows].tolist())) > 1 for rows in grown)
     counts = [len(train), sum(map(len, grown)), len(grown), max(map(len, members.values())), mixed]
-    return [folder.name, px(size), *map(str, counts), f"{seconds:.0f}"]
+    return [folder.name, px(train.view_size), *map(str, counts), f"{seconds:.0f}"]
 
 
 def measure_scale(n, side=64):
@@ -255,7 +256,7 @@ def main():
     for folder in args.sets:
         measure(folder, args.view_size, args.imagededup)
     if args.clusters:
-        head = ["set", "views", "pictures", "in clusters", "clusters", "largest", "mixed classes"]
+        head = ["set", "compared at", "pictures", "in clusters", "clusters", "largest", "mixed classes"]
         print_table([*head, "s"], [clusters(folder) for folder in args.clusters])
     for n in args.scale:
         measure_scale(n)
