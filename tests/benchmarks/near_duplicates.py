@@ -256,8 +256,9 @@ def main():
     for folder in args.sets:
         measure(folder, args.view_size, args.imagededup)
     if args.clusters:
-        head = ["set", "compared at", "pictures", "in clusters", "clusters", "largest", "mixed classes"]
-        print_table([*head, "s"], [clusters(folder) for folder in args.clusters])
+        head = ["set", "compared at", "pictures", "in clusters", "clusters", "largest"]
+        rows = [clusters(folder) for folder in args.clusters]
+        print_table([*head, "of several classes", "s"], rows)
     for n in args.scale:
         measure_scale(n)
     print(f"\n{machine()}")
