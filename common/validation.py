@@ -12,6 +12,7 @@ import numpy as np
 from common.audit import near_duplicates
 from common.files import UserError
 
+MOST = 100_000  # pictures that are compared with all others: from half a minute to half an hour
 LARGE = 0.2  # share of a class from which on a cluster of near-duplicates is named
 LEAST = 3  # pictures of it: two in a class of nine are no sign of anything
 
@@ -25,7 +26,7 @@ def hold_out(home, train, classes, share, group_regex=None):
     """
     below = [path.split("/", 1)[1] for path in train.paths()]  # train/ itself
     parts, labels = groups_of(below, group_regex), train.labels.numpy()
-    pairs = near_duplicates.remembered(home, train, np.arange(len(train)))
+    pairs = compare(home, train, np.arange(len(train)))
     clusters = joined(parts, pairs)
     for line in cluster_lines(train.paths(), labels, clusters, parts, classes):
         print(line)
@@ -45,6 +46,17 @@ def hold_out(home, train, classes, share, group_regex=None):
             "give a val/ folder"
         )
     return train.take(val).paths()
+
+
+def compare(home, pictures, begin):
+    """Near-duplicates [(i, j, likeness)]; none, and a line, where there are too many pictures."""
+    if len(pictures) <= MOST:
+        return near_duplicates.remembered(home, pictures, begin)
+    print(
+        f"warning: no search for near-duplicates among {len(pictures)} pictures, more than {MOST}; "
+        "validate on pictures of other parts or days, in a val/ folder"
+    )
+    return []
 
 
 def groups_of(paths, pattern):
@@ -133,5 +145,5 @@ def repeats(home, train, val):
     """
     both = val + train
     begin = np.repeat([0, len(val)], [len(val), len(train)])
-    pairs = near_duplicates.remembered(home, both, begin)
+    pairs = compare(home, both, begin)
     return [(both.path(i), both.path(j)) for i, j, _ in pairs]

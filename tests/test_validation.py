@@ -133,6 +133,13 @@ def test_where_a_class_is_one_cluster_the_split_is_drawn_without_and_a_warning_s
     assert all(side.labels.bincount(minlength=3)[1] == 3 for side in (train, val))
 
 
+def test_too_many_pictures_to_compare_are_split_with_a_warning(parts, monkeypatch, capfd):
+    monkeypatch.setattr(validation, "MOST", 47)
+    train, val, _ = open_training(parts)
+    assert "no search for near-duplicates among 48 pictures, more than 47" in capfd.readouterr().out
+    assert pairs_of(train) & pairs_of(val)  # twins on both sides
+
+
 def test_a_class_that_cannot_be_split_is_refused_by_name(tmp_path, monkeypatch):
     parts = make_set(tmp_path / "parts", {"train": 3})
     for file in sorted((parts / "train" / "level").iterdir())[1:]:
