@@ -1,0 +1,243 @@
+"""What a user would pick instead: the same start, teachers, pictures and training seconds.
+
+    pip install lightly-train
+    python tests/benchmarks/peers.py --data DIR --weights DIR --student-weights FILE
+    python tests/benchmarks/peers.py --table                       # from the CSV alone
+
+Sets and sizes of curves.py, but all training pictures and the test pictures; one core each. What
+build_ensemble.py and distill.py take for STEPS steps is the time that every other way has for a
+ResNet18 from the same weights:
+
+    fine-tuning   distill.py --alpha 0: labels alone, the same recipe and views
+    timm          its LogitDistillationTask with the better teacher online, labelled pictures, our
+                  views, optimiser and schedule; alpha and temperature as ours
+    LightlyTrain  for half of the time DINOv2 ViT-S is distilled into it on all pictures without
+                  labels, at the package's own settings; then it is fine-tuned as above
+"""
+
+import json
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from accuracy import TEACHERS, lay_out, source_of
+from bench import (
+    append_rows,
+    call,
+    print_table,
+    read_rows,
+    select,
+    this_commit,
+    with_std,
+)
+from curves import SETS, TAUGHT, ensemble, student, task_of, teacher
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.task import LogitDistillationTask
+
+from common import cli, models, splits
+from common.files import load_json
+from common.metrics import score
+from common.pictures import DecodedCache
+from common.training import batch_of_step
+from common.views import ViewRecipe, render
+
+STEPS, BATCH, TRIAL = 2000, 24, 20
+ALPHA, T = 0.9, 2.0  # of distill.py
+WAYS = ("ours", "fine-tuning", "timm", "LightlyTrain")
+FIELDS = ("set", "seed", "way", "n", "accuracy", "balanced_accuracy", "nll", "seconds", "code")
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------- timm
+
+
+class AtItsSize(torch.nn.Module):
+    """A teacher's backbone for normalised pictures of any size, as timm's task calls it."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.backbone, self.img_size = classifier.backbone, classifier.img_size
+        self.pretrained_cfg = classifier.backbone.pretrained_cfg
+
+    def forward(self, pixels):
+        resized = F.interpolate(pixels, size=self.img_size, mode="bilinear", antialias=True)
+        return self.backbone(resized)
+
+
+def timm_online(path, weights, seconds, seed):
+    """(accuracy scores, seconds) of a ResNet18 distilled online from the teacher at `path`."""
+    classifier, state = models.load_model(path, CPU)
+    cache, recipe = DecodedCache(cli.CACHE), ViewRecipe.from_dict(state["view_recipe"])
+    train, _, dataset = splits.open_training(cache, state["dataset"])
+    torch.manual_seed(seed)
+    network = timm.create_model("resnet18", num_classes=len(dataset["classes"]))
+    ours = models.create_student(len(dataset["classes"]), dataset["view_size"], weights=weights)
+    body = {name: value for name, value in ours.backbone.state_dict().items() if "fc." not in name}
+    network.load_state_dict(body, strict=False)
+    network = network.to(memory_format=torch.channels_last)
+    task = LogitDistillationTask(
+        network, AtItsSize(classifier), torch.nn.CrossEntropyLoss(), distill_loss_weight=ALPHA,
+        task_loss_weight=1 - ALPHA, temperature=T, device=CPU, verbose=False,
+    )
+    optimizer = create_optimizer_v2(network, "adamw", lr=1e-3, weight_decay=0.05)
+
+    began, step, steps, scheduler = time.perf_counter(), 0, TRIAL, None
+    while step < steps:
+        indices, passes = batch_of_step(step, len(train), BATCH, seed)
+        pixels = render(train.batch(indices), indices, 1 + passes, seed, recipe)
+        network.train()
+        with models.autocast(CPU):
+            loss = task(ours.normalise(pixels), train.labels[indices])["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        if scheduler:
+            scheduler.step_update(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step == TRIAL:  # now it is known how many steps the time allows
+            steps = round(TRIAL * seconds / (time.perf_counter() - began))
+            scheduler = CosineLRScheduler(
+                optimizer, steps, lr_min=1e-6, t_in_epochs=False
+            )
+    taken = time.perf_counter() - began
+    ours.backbone = network.eval()
+    test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
+    answers = torch.softmax(models.predict(ours, test, CPU), 1)
+    return score(answers, test.labels), taken
+
+
+# -------------------------------------------------------------------------------- LightlyTrain
+
+
+def lightly(pictures, home, args, seconds, side):
+    """(weights of a ResNet18 that LightlyTrain distilled DINOv2 into, seconds it took)."""
+    os.environ["LIGHTLY_TRAIN_MODEL_CACHE_DIR"] = str(home / "lightly_models")
+    import lightly_train
+
+    write_dinov2(args.weights / f"{TEACHERS[0]}.safetensors", home / "lightly_models")
+    folders = [str(pictures / name) for name in ("train", "unlabelled")]
+    settings = {
+        "data": [folder for folder in folders if Path(folder).is_dir()],
+        "method": "distillation",
+        "method_args": {"teacher": "dinov2/vits14-noreg"},
+        "batch_size": BATCH,
+        "num_workers": 0,
+        "accelerator": "cpu",
+        "precision": "bf16-mixed" if models.precision(CPU) else "32-true",
+        "transform_args": {"image_size": (side, side)},
+        "overwrite": True,
+    }
+
+    def pretrain(out, epochs):
+        network = models.create_student(2, [side, side], weights=args.student_weights).backbone
+        began = time.perf_counter()
+        lightly_train.pretrain(out=str(home / out), model=network, epochs=epochs, **settings)
+        return time.perf_counter() - began
+
+    one, two = pretrain("lightly_trial", 1), pretrain("lightly_trial", 2)
+    epochs = max(1, round((seconds - one) / (two - one)) + 1)
+    taken = pretrain("lightly", epochs)
+    return home / "lightly" / "exported_models" / "exported_last.pt", taken
+
+
+def write_dinov2(source, folder):
+    """DINOv2's weights as its authors publish them, from timm's file."""
+    from safetensors.torch import load_file
+
+    state = {name: tensor.float() for name, tensor in load_file(source).items()}
+    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "dinov2_vits14_pretrain.pth")
+
+
+# ------------------------------------------------------------------------------------- running
+
+
+def run(name, seed, args):
+    """All ways on one set and seed, a row each."""
+
+    def row_of(way, scores, seconds):
+        found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
+        return [name, seed, way, scores["n"], *found, round(seconds), this_commit()]
+
+    task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
+    pictures = lay_out(task, source_of(task, args.data, Path(args.output)), home, seed)
+    teachers = [teacher(task, pictures, home, seed, args, *each) for each in TAUGHT]
+    cached = ensemble(task, pictures, home, seed, args)
+    ours = student("distilled", STEPS, cached, task, home, seed, args)
+    log = json.loads((home / "seconds.json").read_text())
+    training = float(read_rows(ours.parent / "log.csv")[-1]["seconds"])
+    seconds = log["ensemble"] + training
+    per_step = training / STEPS
+
+    def fine_tuned(way, start, left):
+        """The scores of distill.py --alpha 0 from a start, for some seconds."""
+        ours_but = Namespace(**{**vars(args), "student_weights": start})
+        steps = max(10, round(left / per_step))
+        path = student(way, steps, cached, task, home, seed, ours_but, "--alpha", 0)
+        return scores_of(path, pictures, home)
+
+    yield row_of("ours", scores_of(ours, pictures, home), seconds)
+    alone = fine_tuned("fine_tuned", args.student_weights, seconds)
+    yield row_of("fine-tuning", alone, seconds)
+
+    on_val = load_json(cached / "ensemble.json")["validation"]
+    better = max(teachers, key=lambda path: on_val[path.as_posix()]["balanced_accuracy"])
+    yield row_of("timm", *timm_online(better, args.student_weights, seconds, seed))
+
+    side = max(models.load_model(teachers[0], CPU)[0].img_size)
+    start, taken = lightly(pictures, home, args, seconds / 2, side)
+    yield row_of("LightlyTrain", fine_tuned("lightly_tuned", start, seconds - taken), seconds)
+
+
+def scores_of(path, pictures, home):
+    """What a student's checkpoint says of the test pictures."""
+    report = home / "report"
+    call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
+    (result,) = load_json(report / "metrics.json")["models"].values()
+    return result["sets"]["test"]
+
+
+def print_results(rows):
+    """Balanced accuracy of every way on every set, over seeds, and the seconds."""
+    sets = [name for name in SETS if select(rows, set=name)]
+    lines = []
+    for way in WAYS:
+        cells = []
+        for name in sets:
+            chosen = select(rows, set=name, way=way)
+            values = [100 * float(row["balanced_accuracy"]) for row in chosen]
+            seconds = [float(row["seconds"]) for row in chosen]
+            cells += [with_std(values), f"{np.mean(seconds):.0f}"] if values else ["", ""]
+        lines.append([way, *cells])
+    head = [text for name in sets for text in (name, "s")]
+    print_table(["balanced accuracy, % (std)", *head], lines)
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
+    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
+    p.add_argument("--student-weights", type=Path, metavar="FILE", help="the ResNet18's start")
+    p.add_argument("--sets", nargs="+", choices=SETS, default=["elpv_100", "elpv_all"])
+    p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")
+    p.add_argument("--output", default="runs/peers", help="folder for the runs")
+    p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")))
+    p.add_argument("--table", action="store_true", help="print the table of the CSV, and end")
+    args = p.parse_args()
+    for seed in args.seeds if not args.table else ():
+        for name in args.sets:
+            if not select(read_rows(args.csv), set=name, seed=str(seed)):
+                append_rows(args.csv, FIELDS, list(run(name, seed, args)))
+    print_results(read_rows(args.csv))
+
+
+if __name__ == "__main__":
+    cli.run(main)
