@@ -171,7 +171,8 @@ def draw_curves(rows, path):
             (line,) = panel.plot(list(found), means, color=f"C{number}", label=model, marker="_")
             for steps, values in found.items():
                 panel.plot([steps] * len(values), values, ".", color=line.get_color())
-        panel.set(title=name, xscale="log", xlabel="steps", xticks=LENGTHS, xticklabels=LENGTHS)
+        panel.set(title=name, xscale="log", xlim=(400, 10_000), xlabel="steps")
+        panel.set(xticks=LENGTHS, xticklabels=LENGTHS)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("balanced accuracy, %")
