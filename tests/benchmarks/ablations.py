@@ -63,9 +63,7 @@ class Row:
     cross_fitted: bool = False
 
 
-# Its embedding is matched by a row behind those that train it.
-FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0], "--lr", 3e-3)
-EMBEDDING = f"{file_name('teachers', *FROZEN[1:])}/{TEACHERS[0]}/model.pt"
+FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
 ALONE = ("--alpha", 0)
 ROWS = {
     "base": Row(),
@@ -74,7 +72,6 @@ ROWS = {
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
     "alpha 0.5": Row(student=("--alpha", 0.5)),
-    "alpha falls to 0 over the last tenth": Row(student=("--labels-last", 0.1)),
     "temperature 4": Row(student=("--temperature", 4)),
     "twice the steps": Row(steps=2),
     "batch 96, a quarter of the steps": Row(student=("--batch-size", 96), steps=0.25),
@@ -82,7 +79,6 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
-    "frozen transformer's embedding first": Row(student=("--embedding", f"{{home}}/{EMBEDDING}")),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
 OF_CURVES = {"base": "distilled", "stand-alone": "alone"}  # what curves.py calls the same student
@@ -102,8 +98,7 @@ def run(name, row, seed, args):
     pictures = development_folder(task, args, home, seed)
     taught_by = build(change, task, pictures, home, seed, args)
     steps, student_name = round(change.steps * STEPS), OF_CURVES.get(row) or file_name(row)
-    flags = [str(word).format(home=home) for word in change.student]
-    model = student(student_name, steps, taught_by, task, home, seed, args, *flags)
+    model = student(student_name, steps, taught_by, task, home, seed, args, *change.student)
     n, *scores, _, _, seconds = score(model, pictures, home)
     row = [GROUP, name, seed, "warm", row, n, *scores, steps, seconds, this_commit()]
     append_rows(args.csv, FIELDS, [row])
