@@ -2,14 +2,14 @@
 
     python tests/benchmarks/ablations.py --data DIR --weights DIR --student-weights FILE
     python tests/benchmarks/ablations.py --data DIR --weights DIR --student-weights FILE \\
-        --sets elpv_all --seeds 100 --rows base "stand-alone"
+        --sets elpv_all --seeds 100 --rows "alpha 0.5"
     python tests/benchmarks/ablations.py --table                       # from the CSV alone, 5 s
 
 Sets, development pictures, teachers and views are those of curves.py, in its folder: nothing is
-trained twice, and the test split stays shut. Every row changes one thing of `base`, the student of
-STEPS steps. A row that is in the CSV is not made again. The CSV has rows of other groups as well,
-of 800 steps, and of changes whose code is gone since they did not pay; its column `code` names the
-commit that has them.
+trained twice, and the test split stays shut. Every row changes one thing of `base`, the distilled
+student of STEPS steps in curves.csv. A row that is in the CSV is not made again. The CSV has other
+groups of rows as well, of 800 steps, and changes whose code is gone since they did not pay; its
+column `code` names the commit that has them.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,12 @@ from common.pictures import DecodedCache
 from common.views import ViewRecipe, render
 
 GROUP, STEPS = "patient", 2000
+BASES = {  # of each group in the CSV, what the other rows are compared with
+    "patient": "base", "pool": "base", "labelled": "labelled only",
+    "resolution": "70 px, 1600 steps",
+}
 FOLDS = 2
+CURVES = Path(__file__).with_name("curves.csv")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -64,10 +69,7 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
-ALONE = ("--alpha", 0)
 ROWS = {
-    "base": Row(),
-    "stand-alone": Row(student=ALONE),
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
@@ -81,7 +83,7 @@ ROWS = {
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
-OF_CURVES = {"base": "distilled", "stand-alone": "alone"}  # what curves.py calls the same student
+OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
     "group", "set", "seed", "start", "ablation", "n", "accuracy", "balanced_accuracy", "nll",
     "steps", "seconds", "code",
@@ -97,8 +99,8 @@ def run(name, row, seed, args):
     task, home, change = task_of(name), Path(args.output) / name / f"seed_{seed}", ROWS[row]
     pictures = development_folder(task, args, home, seed)
     taught_by = build(change, task, pictures, home, seed, args)
-    steps, student_name = round(change.steps * STEPS), OF_CURVES.get(row) or file_name(row)
-    model = student(student_name, steps, taught_by, task, home, seed, args, *change.student)
+    steps = round(change.steps * STEPS)
+    model = student(file_name(row), steps, taught_by, task, home, seed, args, *change.student)
     n, *scores, _, _, seconds = score(model, pictures, home)
     row = [GROUP, name, seed, "warm", row, n, *scores, steps, seconds, this_commit()]
     append_rows(args.csv, FIELDS, [row])
@@ -187,10 +189,16 @@ def training_files(pictures):
 # -------------------------------------------------------------------------------------- tables
 
 
+def rows_of_curves():
+    """The students of curves.csv that are rows here."""
+    for model, ablation in OF_CURVES.items():
+        for row in select(read_rows(CURVES), model=model, steps=str(STEPS)):
+            yield {**row, "group": GROUP, "ablation": ablation}
+
+
 def print_group(rows, group):
-    """Balanced accuracy per set, and the mean difference to the group's first row."""
-    rows = select(rows, group=group)
-    base = rows[0]["ablation"]
+    """Balanced accuracy per set, and the mean difference to the group's base."""
+    rows, base = select(rows, group=group), BASES[group]
     scores = {}
     for row in rows:
         key = row["ablation"], row["set"], row["seed"]
@@ -198,7 +206,7 @@ def print_group(rows, group):
     sets = values_of(rows, "set")
 
     lines = []
-    for ablation in values_of(rows, "ablation"):
+    for ablation in dict.fromkeys([base, *values_of(rows, "ablation")]):
         own = {key[1:]: value for key, value in scores.items() if key[0] == ablation}
         cells = []
         for name in sets:
@@ -215,6 +223,7 @@ def print_group(rows, group):
             lines.append([ablation, *cells, difference])
     print(f"\n{group}: {len(values_of(rows, 'seed'))} seeds\n")
     print_table(["balanced accuracy, %", *sets, f"minus {base}, points"], lines)
+    print_caption(rows)
 
 
 def print_caption(rows):
@@ -230,8 +239,6 @@ def print_caption(rows):
             f"{name}: {n} development pictures, seed {seeds}; "
             f"over pictures, an accuracy of {100 * share:.0f} % is known to ± {half:.1f} points"
         )
-    print("±: half the width of a 95 % interval; in the last column over sets and seeds (Student's")
-    print("t), where there are several pairs of a row and the first one")
 
 
 def main():
@@ -253,10 +260,10 @@ def main():
                 wanted = dict(group=GROUP, set=name, seed=str(seed), ablation=row)
                 if not select(read_rows(args.csv), **wanted):
                     run(name, row, seed, args)
-    rows = read_rows(args.csv)
+    rows = [*rows_of_curves(), *read_rows(args.csv)]
     for group in values_of(rows, "group"):
         print_group(rows, group)
-    print_caption(rows)
+    print("\n±: half the width of a 95 % interval; in the last column over sets and seeds (Student's t)")
 
 
 if __name__ == "__main__":
