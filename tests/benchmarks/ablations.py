@@ -263,7 +263,7 @@ def main():
     rows = [*rows_of_curves(), *read_rows(args.csv)]
     for group in values_of(rows, "group"):
         print_group(rows, group)
-    print("\n±: half the width of a 95 % interval; in the last column over sets and seeds (Student's t)")
+    print("\n±: half the width of a 95 % interval, in the last column over sets and seeds")
 
 
 if __name__ == "__main__":
