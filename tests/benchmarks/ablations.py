@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TEACHERS, teach, values_of
+from accuracy import TEACHERS, add_sources, teach, values_of
 from bench import (
     append_rows,
     half_width,
@@ -243,9 +243,7 @@ def print_caption(rows):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
-    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
-    p.add_argument("--student-weights", type=Path, metavar="FILE", help="the ResNet18's start")
+    add_sources(p)
     p.add_argument("--sets", nargs="+", default=["elpv_all", "elpv_100"], choices=SETS)
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")

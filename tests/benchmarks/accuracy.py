@@ -432,12 +432,17 @@ def print_means(rows):
             print(f"{model} minus alone, accuracy, mean over {len(sets)} sets: {mean} points")
 
 
-def main():
-    p = cli.parser(__doc__)
+def add_sources(p):
+    """The flags that name pictures and weights, to an ArgumentParser."""
     p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
     p.add_argument("--student-weights", type=Path, metavar="FILE",
-                   help="a ResNet18 that students start from (default: from scratch)")
+                   help="a ResNet18 that students start from")
+
+
+def main():
+    p = cli.parser(__doc__)
+    add_sources(p)
     p.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="NAME",
                    help="which sets to run")
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")

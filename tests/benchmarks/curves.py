@@ -3,7 +3,7 @@
     python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE
     python tests/benchmarks/curves.py --data DIR --weights DIR --student-weights FILE \\
         --sets elpv_100 --seeds 100 --lengths 500 2000 --models alone distilled
-    python tests/benchmarks/curves.py --picture      # curves.svg and tables, from the CSV alone
+    pip install matplotlib && python tests/benchmarks/curves.py --picture    # from the CSV alone
 
 Development pictures: a third of the training ones (whole positions of the ball screw), another
 third for every seed, so the test split stays shut. Every point is a training of its own with its
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy import TASKS as AS_TESTED
-from accuracy import TEACHERS, group_of, lay_out, source_of, teach
+from accuracy import TEACHERS, add_sources, group_of, lay_out, source_of, teach
 from bench import (
     append_rows,
     call,
@@ -87,14 +87,19 @@ def run(name, model, steps, seed, args):
 
 def score(path, pictures, home):
     """What a model says of the development pictures: the columns from n to seconds."""
-    report = home / "report"
-    call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
-    (result,) = load_json(report / "metrics.json")["models"].values()
-    scores = result["sets"]["test"]
+    scores = evaluated(path, pictures, home)
     last = read_rows(path.parent / "log.csv")[-1] if path.name == "model.pt" else {}
     found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
     found += [last.get(key, "") for key in ("val_accuracy", "val_balanced_accuracy", "seconds")]
     return [scores["n"], *found]
+
+
+def evaluated(path, pictures, home):
+    """The scores of evaluate.py for a model on the test pictures of a folder."""
+    report = home / "report"
+    call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
+    (result,) = load_json(report / "metrics.json")["models"].values()
+    return result["sets"]["test"]
 
 
 def teacher(task, pictures, home, seed, args, model, steps, *more):
@@ -136,15 +141,17 @@ def student(name, steps, ensemble, task, home, seed, args, *more):
 
 
 def by_length(rows):
-    """{steps: balanced accuracies in %, one per seed} of some rows, in the order of the steps."""
+    """{steps: (balanced accuracies in %, NLLs), one per seed} of some rows, by their steps."""
     found = {}
     for row in sorted(rows, key=lambda row: int(row["steps"])):
-        found.setdefault(int(row["steps"]), []).append(100 * float(row["balanced_accuracy"]))
+        accuracies, losses = found.setdefault(int(row["steps"]), ([], []))
+        accuracies.append(100 * float(row["balanced_accuracy"]))
+        losses.append(float(row["nll"]))
     return found
 
 
 def print_curves(rows):
-    """A table per set: balanced accuracy of each model at each length, over seeds."""
+    """A table per set: balanced accuracy and NLL of each model at each length, over seeds."""
     for name in [name for name in SETS if select(rows, set=name)]:
         of_set = select(rows, set=name)
         lengths = sorted({int(row["steps"]) for row in of_set})
@@ -153,24 +160,28 @@ def print_curves(rows):
         lines = []
         for model in MODELS:
             found = by_length(select(of_set, model=model))
-            cells = [with_std(found[n]) if n in found else "" for n in lengths]
+            cells = ["" for _ in lengths]
+            for steps, (accuracies, losses) in found.items():
+                cells[lengths.index(steps)] = f"{with_std(accuracies)}, {np.mean(losses):.2f}"
             lines.append([model, *cells])
-        print_table(["balanced accuracy, % (std)", *(f"{n} steps" for n in lengths)], lines)
+        head = "balanced accuracy, % (std), and NLL"
+        print_table([head, *(f"{n} steps" for n in lengths)], lines)
 
 
 def draw_curves(rows, path):
     """One panel per set: a line through the means over seeds, a dot for each of them."""
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "curves"  # the same file each time
     sets = [name for name in SETS if select(rows, set=name)]
     figure, panels = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.6), squeeze=False)
     for panel, name in zip(panels[0], sets):
         for number, model in enumerate(MODELS):
             found = by_length(select(rows, set=name, model=model))
-            means = [np.mean(values) for values in found.values()]
+            means = [np.mean(accuracies) for accuracies, _ in found.values()]
             (line,) = panel.plot(list(found), means, color=f"C{number}", label=model, marker="_")
-            for steps, values in found.items():
-                panel.plot([steps] * len(values), values, ".", color=line.get_color())
+            for steps, (accuracies, _) in found.items():
+                panel.plot([steps] * len(accuracies), accuracies, ".", color=line.get_color())
         panel.set(title=name, xscale="log", xlim=(400, 10_000), xlabel="steps")
         panel.set(xticks=LENGTHS, xticklabels=LENGTHS)
         panel.minorticks_off()
@@ -184,9 +195,7 @@ def draw_curves(rows, path):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
-    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
-    p.add_argument("--student-weights", type=Path, metavar="FILE", help="the ResNet18's start")
+    add_sources(p)
     p.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     p.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     p.add_argument("--lengths", type=cli.positive_int, nargs="+", default=LENGTHS, metavar="N")

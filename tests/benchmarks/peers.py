@@ -25,17 +25,16 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from accuracy import TEACHERS, lay_out, source_of
+from accuracy import TEACHERS, add_sources, lay_out, source_of
 from bench import (
     append_rows,
-    call,
     print_table,
     read_rows,
     select,
     this_commit,
     with_std,
 )
-from curves import SETS, TAUGHT, ensemble, student, task_of, teacher
+from curves import SETS, TAUGHT, ensemble, evaluated, student, task_of, teacher
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import LogitDistillationTask
@@ -182,9 +181,9 @@ def run(name, seed, args):
         ours_but = Namespace(**{**vars(args), "student_weights": start})
         steps = max(10, round(left / per_step))
         path = student(way, steps, cached, task, home, seed, ours_but, "--alpha", 0)
-        return scores_of(path, pictures, home)
+        return evaluated(path, pictures, home)
 
-    yield row_of("ours", scores_of(ours, pictures, home), seconds)
+    yield row_of("ours", evaluated(ours, pictures, home), seconds)
     alone = fine_tuned("fine_tuned", args.student_weights, seconds)
     yield row_of("fine-tuning", alone, seconds)
 
@@ -195,14 +194,6 @@ def run(name, seed, args):
     side = max(models.load_model(teachers[0], CPU)[0].img_size)
     start, taken = lightly(pictures, home, args, seconds / 2, side)
     yield row_of("LightlyTrain", fine_tuned("lightly_tuned", start, seconds - taken), seconds)
-
-
-def scores_of(path, pictures, home):
-    """What a student's checkpoint says of the test pictures."""
-    report = home / "report"
-    call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
-    (result,) = load_json(report / "metrics.json")["models"].values()
-    return result["sets"]["test"]
 
 
 def print_results(rows):
@@ -223,9 +214,7 @@ def print_results(rows):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--data", type=Path, help="folder that holds the sets' folders")
-    p.add_argument("--weights", type=Path, help="folder with the teachers' weight files")
-    p.add_argument("--student-weights", type=Path, metavar="FILE", help="the ResNet18's start")
+    add_sources(p)
     p.add_argument("--sets", nargs="+", choices=SETS, default=["elpv_100", "elpv_all"])
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")
     p.add_argument("--output", default="runs/peers", help="folder for the runs")
