@@ -294,7 +294,7 @@ def size_lines(sizes, view_size):
 def create(number, dataset, img_size, args):
     """(model, parameter groups); a pretrained backbone learns more slowly than its new head.
 
-    A frozen one learns nothing. Its answers are less accurate but not learnt by heart, and often
+    A frozen one learns nothing. Its answers are less accurate but not learnt by heart, and may be
     the better lesson (Marrie et al. 2024, arXiv 2402.11305).
     """
     torch.manual_seed(args.seed)
@@ -305,11 +305,11 @@ def create(number, dataset, img_size, args):
         args.pretrained,
         args.weights[number] if args.weights else None,
     )
-    if args.model[number] in args.frozen:
+    frozen = args.model[number] in args.frozen
+    if frozen:
         model.requires_grad_(False)
         model.backbone.get_classifier().requires_grad_(True)
-        return model, parameter_groups(model, args.weight_decay)
-    if not (args.pretrained or args.weights):
+    if frozen or not (args.pretrained or args.weights):
         return model, parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)

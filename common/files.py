@@ -212,6 +212,20 @@ def load_json(path):
     return content
 
 
+def remembered(home, name, identity, make):
+    """make(), plain data: from a file in the folder `home` where one of this identity was made.
+
+    identity: what decides it, as plain data, with a version of what makes it.
+    """
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
+    path = f"{home}/{name}-{key}.json"
+    with suppress(UserError):
+        return load_json(path)
+    content = make()
+    save_json(content, path)
+    return content
+
+
 def file_sha256(path):
     """sha256 of a file's bytes, as a hexadecimal string; about a second per GB."""
     with open(path, "rb") as file:

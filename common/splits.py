@@ -152,12 +152,14 @@ def open_training(cache, dataset, moved_to=None):
 
 
 def in_detail(cache, dataset, *sets):
-    """Labelled pictures, a folder each, at a size that tells near-duplicates, or at their own.
+    """All labelled pictures, a folder each, at a size that tells near-duplicates, or their own.
 
     So what is split does not depend on the size of the views. Decoded where that size is another.
     """
     sizes = [size[:2] for pictures in sets for size in pictures.sizes()]
     width, height = np.minimum(np.median(sizes, axis=0), near_duplicates.FINE).astype(int).tolist()
+    if [height, width] == dataset["view_size"]:
+        return list(sets)
     changed = {**dataset, "view_size": [height, width]}
     return [open_labelled(cache, each.parts[0].folder, changed)[1] for each in sets]
 

@@ -105,6 +105,12 @@ def test_later_stages_have_the_split_that_was_drawn(parts, monkeypatch):
     assert again.paths() == val.paths()
 
 
+def test_a_second_start_does_not_search_again(parts, monkeypatch):
+    _, val, _ = open_training(parts)
+    monkeypatch.setattr(validation.near_duplicates, "near_duplicates", None)  # would fail
+    assert open_training(parts)[1].paths() == val.paths()
+
+
 def test_a_cluster_of_much_of_a_class_is_named_with_two_pictures_and_stays_whole(parts, capfd):
     level = parts / "train" / "level"
     for number in range(1, 6):

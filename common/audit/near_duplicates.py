@@ -8,10 +8,7 @@ A pair (i, j): picture i repeats picture j < begin[i]. `begin`, int array [N], i
 begins, to look across sets that stand one behind another; np.arange(N) looks everywhere.
 """
 
-import hashlib
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
-from common.files import UserError, load_json, save_json
+from common import files
 
 VERSION = 1  # raise it when another pair may be found
 BLOCK = 64  # pictures at a time: larger blocks leave the processor's cache and take longer
@@ -48,13 +45,11 @@ def exact_copies(digests, begin):
 
 def remembered(home, pictures, begin):
     """`near_duplicates`, from a file in the folder `home` where the same were compared before."""
-    identity = repr([VERSION, pictures.fingerprint(), np.asarray(begin).tolist()])
-    path = Path(home) / f"copies-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
-    with suppress(UserError):
-        return load_json(path)["pairs"]
-    pairs = near_duplicates(pictures, begin)
-    save_json({"pairs": pairs}, path)
-    return pairs
+    identity = [VERSION, pictures.fingerprint(), begin.tolist()]
+    found = files.remembered(
+        home, "copies", identity, lambda: {"pairs": near_duplicates(pictures, begin)}
+    )
+    return found["pairs"]
 
 
 def near_duplicates(pictures, begin, threshold=None, skip=()):
