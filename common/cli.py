@@ -16,6 +16,7 @@ from common.files import NO_ROOM, UserError, first_line
 from common.pictures import DecodedCache
 
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
 CACHE = "runs/decoded"  # folder of the decoded pictures
 SEEDS = 2**32  # how many numbers --seed may be
 laps = []  # (part of the script, when it ended)
@@ -52,6 +53,8 @@ def in_one_line(error):
     """What an exception means to the user; None for a failure of ours."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return f"{error.filename}: {error.strerror}; start again when the disk or share answers"
     if isinstance(error, OSError) and error.errno in NO_ROOM | NO_RIGHT:
         hint = "make room there" if error.errno in NO_ROOM else "see who may read and write there"
         return f"{error.filename}: {error.strerror}; {hint}, or use another folder"
@@ -76,6 +79,15 @@ def print_laps():
 
 
 # ------------------------------------------------------------------------------- values of flags
+
+
+class Once(argparse.Action):
+    """A flag with a list that may be given once: argparse alone would keep the last list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} given twice; put all its values behind one")
+        setattr(namespace, self.dest, values)
 
 
 def number(convert, accepts, wanted):

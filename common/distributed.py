@@ -103,7 +103,12 @@ def own_device(device):
 
 
 def check_batch(batch_size):
-    """Raise a UserError for a batch that cannot be shared evenly."""
+    """Raise a UserError for a batch that cannot be shared evenly, or is one picture a process."""
+    if batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {batch_size}: batch normalisation needs two pictures at a time in each "
+            f"process; use {2 * world_size()} or more"
+        )
     if batch_size % world_size():
         near = max(1, round(batch_size / world_size())) * world_size()
         raise UserError(

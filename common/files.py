@@ -10,9 +10,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
+import unicodedata
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, whose file systems have locks
+    fcntl = None
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx")
@@ -21,6 +28,8 @@ EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx"
 CHECKSUM = ',\n "sha256_of_all_above": "{}"\n}}\n'
 # The same as an entry of metadata in the format of ONNX, which is its file's last.
 ONNX_CHECKSUM = "r\x57\n\x13sha256_of_all_above\x12@{}"
+SHOWN = 3  # examples in a line
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota, largest size of a file
 
 
@@ -35,13 +44,27 @@ class UserError(Exception):
 
 
 def require_same(expected, actual, what, remedy):
-    """Raise a UserError that names the first key whose value differs between two dicts."""
+    """Raise a UserError that names the first key whose value differs between two dicts.
+
+    Of two lists of names it says which are missing and which too many.
+    """
     for key in {**expected, **actual}:
         a, b = expected.get(key), actual.get(key)
         if a != b:
-            raise UserError(
-                f"{what}: {key} differs (expected {shorten(a)}, found {shorten(b)}); {remedy}"
-            )
+            raise UserError(f"{what}: {key} differs ({difference(a, b)}); {remedy}")
+
+
+def difference(expected, found):
+    """How a value differs from the expected one, in words."""
+    lists = isinstance(expected, list) and isinstance(found, list)
+    if not (lists and all(isinstance(name, str) for name in expected + found)):
+        return f"expected {shorten(expected)}, found {shorten(found)}"
+    sides = {"missing": set(expected) - set(found), "too many": set(found) - set(expected)}
+    alike = {unicodedata.normalize("NFKC", name) for name in sides["missing"]}
+    show = ascii if alike & {unicodedata.normalize("NFKC", n) for n in sides["too many"]} else str
+    words = [f"{side}: {some_of(list(map(show, sorted(names))))}"
+             for side, names in sides.items() if names]
+    return "; ".join(words) or "another order"
 
 
 def shorten(value):
@@ -54,6 +77,12 @@ def first_line(error, limit=120):
     """The first line of an exception's message, or its type where it has none, cut to `limit`."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:limit]
+
+
+def some_of(texts):
+    """The first of some texts, and how many more there are."""
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more
 
 
 def px(size):
@@ -73,7 +102,8 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's number alone, which processes of two containers or hosts may share.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -111,16 +141,20 @@ def exclusive(folder, wait=False):
     """Keep `folder` to this process. Where another one is at work in it: wait, or a UserError.
 
     The lock is the system's, so a killed process holds none; what it left half-written is removed,
-    and so are folders that were made here and that nothing was written to.
+    and so are folders that were made here and that nothing was written to. Where a file system has
+    no locks, as some of networks, a line says so and the user has to see to it.
     """
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    lock = FileLock(folder / ".lock")
+    lock, locked = FileLock(folder / ".lock"), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
+        if locked := has_locks(folder):
+            lock.acquire(timeout=-1 if wait else 0)
+        else:
+            print(f"warning: {folder}: no file locks there; let no two scripts write into it")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: is a file, not a folder; use another --output") from None
     except (Timeout, FileNotFoundError):  # the latter: its holder is just removing the folder
@@ -128,16 +162,34 @@ def exclusive(folder, wait=False):
             f"{folder}: in use by another process; wait for it or use another --output"
         ) from None
     try:
-        for path in folder.glob(".*.tmp"):
+        for path in folder.glob(".*.tmp") if locked else ():  # else it may be another's, alive
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            (folder / ".lock").unlink()  # while it is held, so that nobody waits for a removed one
-        lock.release()
+        if locked:
+            with suppress(OSError):  # Windows removes no open file
+                (folder / ".lock").unlink()  # while held, so that nobody waits for a removed one
+            lock.release()
         for each in made:
             with suppress(OSError):  # not empty
                 each.rmdir()
+
+
+def has_locks(folder):
+    """Whether files of a folder can be locked; where not, an attempt would wait for ever."""
+    if fcntl is None:
+        return True
+    probe = Path(folder, f".{secrets.token_hex(8)}.lock")
+    try:
+        with open(probe, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
 
 
 # ------------------------------------------------------------------------------------- checksums
@@ -228,8 +280,11 @@ def remembered(home, name, identity, make):
 
 def file_sha256(path):
     """sha256 of a file's bytes, as a hexadecimal string; about a second per GB."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions():
