@@ -5,6 +5,7 @@ code: only plain data is stored, and `weights_only=True` reads it.
 """
 
 import hashlib
+from collections import Counter
 from contextlib import suppress
 
 import timm
@@ -52,12 +53,14 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 
     classes: their number; img_size: [H, W] in px, raised to whole patches where the model cuts
-    pictures into patches; weights: path of a file in timm's key names. Raises UserError when the
-    weights cannot be had or do not fit, or the model does not take img_size (`size_that_fits`
-    finds one that it takes).
+    pictures into patches; weights: path of a file in timm's key names, with or without a prefix, or
+    of a model.pt. Raises UserError when the weights cannot be had or any but the classifier's are
+    missing, or the model does not take img_size (`size_that_fits` finds one that it takes).
     """
     try:
         return build_teacher(name, classes, img_size, pretrained, weights)
+    except UserError:
+        raise
     except Exception as error:  # timm and the hub raise many kinds
         reason = first_line(error, 160)
     if weights:
@@ -75,6 +78,9 @@ def build_teacher(name, classes, img_size, pretrained=False, weights=None):
     options = {"num_classes": classes, "pretrained": pretrained or weights is not None}
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        if not str(weights).endswith(".npz"):  # of JAX, which timm renames by itself
+            state = read_teacher_weights(weights, name, classes)
+            options["pretrained_cfg_overlay"] = {"state_dict": state}
     backbone = create_backbone(name, img_size, options)
     patch = to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))
     whole = [-(-side // step) * step for side, step in zip(img_size, patch)]
@@ -97,6 +103,43 @@ def create_backbone(name, img_size, options):
         with suppress(TypeError):
             return timm.create_model(name, **options, **more)
     return timm.create_model(name, **options)
+
+
+def read_teacher_weights(path, name, classes):
+    """The state dict in a file for a timm model, without a prefix such as `module.` or `backbone.`.
+
+    timm leaves out in silence what does not fit, so it loads it here for a trial: a UserError says
+    of how many weights the file is without.
+    """
+    def create(**options):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # so that what is not loaded is equal in two models
+            return timm.create_model(name, num_classes=classes, **options)
+
+    state, plain = timm.models.load_state_dict(str(path), weights_only=True), create()
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not state:  # timm would look for it in a network
+        raise UserError(f"--weights {path}: holds no weights")
+    own = dict(plain.named_parameters())
+    prefixes = Counter(key.removesuffix(known) for key in state for known in own
+                       if key.endswith(f".{known}"))
+    prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
+    if count > len(own.keys() & state.keys()):
+        state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+    loaded = create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+    loaded = dict(loaded.named_parameters())
+    head = plain.pretrained_cfg["classifier"]
+    heads = tuple(f"{each}." for each in ([head] if isinstance(head, str) else head))
+    body = [key for key in own if own[key].ndim > 1 and not key.startswith(heads)]
+    lacking = [key for key in body if key not in state and torch.equal(own[key], loaded[key])]
+    if lacking:
+        foreign = next((key for key in state if key not in own), "nothing else")
+        raise UserError(
+            f"--weights {path}: has {len(body) - len(lacking)} of {len(body)} weights of {name}; "
+            f"it lacks {lacking[0]} and has {foreign}; is it another model's?"
+        )
+    return state
 
 
 def size_that_fits(name, sizes):
