@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, distributed, models, splits
+from common import cli, distributed, folders, models, splits
 from common.audit.label_errors import find_label_errors, label_error_lines
 from common.ensemble import (
     SCHEMA,
@@ -70,7 +70,7 @@ def parse_arguments():
     g = p.add_argument_group("pictures and views")
     g.add_argument("--data-dir",
                    help="the pictures' folder (default: where the teachers found them)")
-    g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
+    g.add_argument("--view-recipe", nargs="+", action="extend", default=[], metavar="NAME=NUMBER",
                    help="change the views from those the first teacher saw, as in zoom_min=0.6")
     cli.add_leak_flags(g)
     cli.add_common_flags(p)
@@ -184,7 +184,7 @@ def open_pool(cache, val, dataset, args):
 
     Refuses test and validation pictures among them, or drops them.
     """
-    folder = splits.pool_folder(dataset["dir"], args.unlabelled)
+    folder = folders.pool_folder(dataset["dir"], args.unlabelled)
     if folder is None:
         return None, None
     pool, unlabelled = splits.open_pool(cache, folder, dataset)

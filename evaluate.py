@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import audit, cli, export, metrics, models, report, splits
+from common import audit, cli, export, folders, metrics, models, report, splits
 from common.audit.label_errors import label_errors_of_sets
 from common.ensemble import load_ensemble
 from common.files import UserError, exclusive, file_sha256, require_same, versions, written_together
@@ -42,7 +42,7 @@ def parse_arguments():
     p.add_argument("--data-dir",
                    help="its test* folders are the test sets (default: where the first model found "
                    "its pictures; an exported file does not say)")
-    p.add_argument("--test-dirs", nargs="+", metavar="DIR",
+    p.add_argument("--test-dirs", nargs="+", action="extend", metavar="DIR",
                    help="test sets by name, instead of --data-dir's")
     p.add_argument("--skip-audit", action="store_true",
                    help="do not look for copies and shortcuts in the pictures")
@@ -71,9 +71,11 @@ def evaluate(args):
         classes = [{"classes": each.dataset["classes"]} for each in (first, model)]
         require_same(*classes, f"{name} against {names[0]}", "compare models of the same classes")
     dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
-    folders = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
+    test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
     wanted = {model.reading: model.dataset for model in tested.values()}
-    tests = {reading: splits.open_tests(cache, folders, each) for reading, each in wanted.items()}
+    tests = {
+        reading: splits.open_tests(cache, test_dirs, each) for reading, each in wanted.items()
+    }
     pictures = tests[first.reading]
     cli.lap("pictures")
 
@@ -218,10 +220,10 @@ def find_tests(data_dir):
             "an exported file does not say where its pictures are; "
             "give --data-dir or --test-dirs, or add the model.pt it was made from"
         )
-    folders = splits.test_folders(splits.data_folder(data_dir))
-    if not folders:
+    found = folders.test_folders(folders.data_folder(data_dir))
+    if not found:
         raise UserError(f"{data_dir}: no test* folder; name test sets with --test-dirs")
-    return folders
+    return found
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -251,7 +253,7 @@ def run_models(tested, tests, device, batch_size):
             "mean_accuracy": float(np.mean([each["accuracy"] for each in scores.values()])),
             **{key: sum(cost[key] for cost in costs) for key in costs[0]},  # teachers' together
             "latency_device": "cpu" if model.kind == "exported" else str(device),
-            "good_class": model.header.get("good_class"),
+            "good_classes": model.header.get("good_classes", []),
             "validation": model.validation,
             "made_from": made_from,
         }
@@ -296,9 +298,9 @@ def score(model, probabilities, labels):
     """
     scores, point = metrics.score(probabilities, labels), model.header.get("operating_point")
     if point:
-        good = model.header["classes"].index(model.header["good_class"])
+        good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
         defects = metrics.defect_scores(probabilities, good)
-        rates = metrics.rates(defects, labels != good, point["threshold"])
+        rates = metrics.rates(defects, ~np.isin(labels, good), point["threshold"])
         scores["operating_point"] = {**point, **rates}
     return scores
 

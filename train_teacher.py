@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from common import cli, distributed, models, splits, training, validation
+from common import cli, distributed, folders, models, splits, training, validation
 from common.files import UserError, px
 from common.losses import class_weights
 from common.pictures import WHITE_LEVEL, list_pictures
@@ -47,21 +47,23 @@ LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thum
 
 def parse_arguments():
     p = cli.parser(__doc__)
-    p.add_argument("--data-dir", default=splits.EMBEDDED,
+    p.add_argument("--data-dir", default=folders.EMBEDDED,
                    help="folder with train/ and optionally val/ and test*/ (default: %(default)s, "
                    "drawn on first use)")
-    p.add_argument("--model", nargs="+", default=list(EMBEDDED_STEPS), metavar="NAME",
+    p.add_argument("--model", nargs="+", action=cli.Once, default=list(EMBEDDED_STEPS),
+                   metavar="NAME",
                    help="timm classifiers, trained one after the other "
                    f"(default: {' '.join(EMBEDDED_STEPS)})")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--pretrained", action="store_true",
                        help="start from timm's weights (needs a network once)")
-    start.add_argument("--weights", nargs="+", metavar="FILE",
+    start.add_argument("--weights", nargs="+", action="extend", metavar="FILE",
                        help="start from weight files, one per --model")
-    p.add_argument("--frozen", nargs="+", default=[], metavar="NAME",
+    p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
                    help="models of --model that keep their weights: only the new head is trained, "
                    "in a third of the time")
-    p.add_argument("--steps", type=cli.positive_int, nargs="+", metavar="N",
+    p.add_argument("--steps", type=cli.positive_int, nargs="+", action="extend",
+                   metavar="N",
                    help="batches to train on, one number for all models or one for each "
                    f"(default: {STEPS})")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
@@ -78,7 +80,7 @@ def parse_arguments():
     g.add_argument("--img-size", type=cli.picture_size, metavar="HxW",
                    help="px the models see, raised to whole patches (default: the view size, or "
                    "what is like it for a model that does not take it)")
-    g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
+    g.add_argument("--view-recipe", nargs="+", action="extend", default=[], metavar="NAME=NUMBER",
                    help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
     g.add_argument("--val-fraction", type=cli.open_fraction, default=0.2,
                    help="share of train/ held out where there is no val/ (default: %(default)s)")
@@ -114,7 +116,7 @@ def main():
 
         device = cli.pick_device(args.device)
         with distributed.first_then_others():
-            folder = splits.data_folder(args.data_dir)
+            folder = folders.data_folder(args.data_dir)
             view_size = args.view_size or default_view_size(folder)
             img_sizes = [choose_img_size(name, view_size, args.img_size) for name in args.model]
             train, val, dataset = open_pictures(folder, view_size, args)
@@ -217,14 +219,15 @@ def open_pictures(folder, view_size, args):
         "group_regex": args.group_regex,
         "dropped": [],
     })
-    tests = splits.open_to_compare(cache, dataset)
-    dropped = splits.leaked_paths(
-        train + val, tests, "training", args.drop_leaks, args.allow_leakage
-    )
-    if not dataset["held_out"]:
+    tests, leaks = splits.open_to_compare(cache, dataset), (args.drop_leaks, args.allow_leakage)
+    dropped = splits.leaked_paths(train + val, tests, "training", *leaks)
+    parts = train + val, tests
+    if not dataset["held_out"]:  # there is a val/
+        parts = train, [val, *tests]
         dropped += repeated_in_val(cache, train, val, dataset, args.drop_leaks)
-        dropped = list(dict.fromkeys(dropped))
+    dropped += splits.paths_of_split_parts(*parts, args.group_regex, *leaks)
     if dropped:
+        dropped = list(dict.fromkeys(dropped))
         train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
     print(
         f"{folder}: {len(train)} training and {len(val)} validation pictures at "
@@ -255,11 +258,12 @@ def default_view_size(folder):
     128 px with fewer steps beats 70 px with more in the same time (tests/benchmarks/ablations.py),
     and a student's 1,000 steps take minutes on two CPU cores. Small defects need more.
     """
-    if splits.is_embedded(folder):
+    if folders.is_embedded(folder):
         return [EMBEDDED_SIZE, EMBEDDED_SIZE]
-    paths, sizes = list_pictures(folder / "train"), []
+    train, sizes = folders.train_folder(folder), []
+    paths = list_pictures(train)
     for path in paths[:: max(1, len(paths) // 100)]:
-        with suppress(Exception), Image.open(folder / "train" / path, formats=FORMATS) as image:
+        with suppress(Exception), Image.open(train / path, formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
             sizes.append(image.size if turned else image.size[::-1])
     # What cannot be read is listed when all are decoded.
@@ -317,7 +321,7 @@ def create(number, dataset, img_size, args):
 
 def plan(number, dataset, args):
     """The schedule of one teacher."""
-    embedded = splits.is_embedded(dataset["dir"])
+    embedded = folders.is_embedded(dataset["dir"])
     from_scratch = not (args.pretrained or args.weights)
     steps = EMBEDDED_STEPS.get(args.model[number], STEPS) if embedded else STEPS
     if args.steps:

@@ -1,4 +1,4 @@
-"""Which pictures: folders, classes, what is held out, leaks, test sets, and the embedded set.
+"""Which pictures: labelled sets, what is held out, the pool, leaks, test sets.
 
 A dataset is a dict that every stage passes on, so that all see the same split:
 
@@ -9,101 +9,55 @@ A dataset is a dict that every stage passes on, so that all see the same split:
     classes, fingerprint           what these are; compared when a later stage opens it
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 
-from common import fasteners, validation
+from common import folders, validation
 from common.audit import near_duplicates
-from common.files import UserError, require_same
-from common.pictures import Pictures, is_picture, list_pictures, say_once
+from common.files import UserError, require_same, some_of
+from common.pictures import Pictures, list_pictures, say_once
 
-EMBEDDED = "data/fasteners"
 TRAINING_SETS = ("train", "val", "unlabelled")  # names that no test set may take
-
-
-# --------------------------------------------------------------------------------------- folders
-
-
-def data_folder(data_dir):
-    """The data folder as a Path; the embedded set is drawn first when asked for and missing.
-
-    Raises UserError where there is no such folder.
-    """
-    folder = Path(data_dir)
-    if is_embedded(folder):
-        try:
-            fasteners.make_dataset(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder")
-    return folder
-
-
-def is_embedded(folder):
-    """Whether a data folder is the embedded set's."""
-    return Path(folder) == Path(EMBEDDED)
-
-
-def test_folders(data_dir):
-    """The test* folders of a data folder, sorted."""
-    return sorted(path for path in Path(data_dir).glob("test*") if path.is_dir())
-
-
-def pool_folder(data_dir, named=None):
-    """The folder of unlabelled pictures, or None where there is none.
-
-    named: the folder asked for, 'none' for none, or None for the data folder's unlabelled/.
-    """
-    folder = Path(named or Path(data_dir, "unlabelled"))
-    return folder if named != "none" and (named or folder.is_dir()) else None
 
 
 # ----------------------------------------------------------------------------------- labelled sets
 
 
-def class_folders(folder):
-    """Sorted names of the class folders of a labelled set.
-
-    Raises UserError for a missing folder, no or one class folder, or a class without a picture.
-    """
-    filled = {path.split("/")[0] for path in list_pictures(folder)}
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(classes) < 2:
-        raise UserError(
-            f"{folder}: {len(classes)} class folders found, at least two are needed: "
-            f"{folder}/<class>/<picture>"
-        )
-    empty = [name for name in classes if name not in filled]
-    if empty:
-        raise UserError(f"{folder / empty[0]}: this class has no pictures; add some or remove it")
-    return classes
-
-
-def open_labelled(cache, folder, dataset):
+def open_labelled(cache, folder, dataset, classes=None):
     """(classes, Pictures) of a folder with a folder per class.
 
-    dataset: with view_size and white_level. Raises UserError as `class_folders` does, and for
-    pictures or whole classes that cannot be read.
+    dataset: with view_size and white_level; classes: of the models, of which a test set may lack
+    some. Raises UserError as `class_folders` does, for other classes, and for pictures or whole
+    classes that cannot be read.
     """
     folder = Path(folder)
-    classes = class_folders(folder)
+    class_of = folders.class_folders(folder, may_lack=classes is not None)
+    its_classes = list(class_of.values())
+    classes = its_classes if classes is None else classes
+    more = [name for name in its_classes if name not in classes]
+    if more:
+        both = ({"classes": each} for each in (classes, its_classes))
+        require_same(*both, f"{folder} against the models", "move these pictures or rename them")
+    lacking = [name for name in classes if name not in its_classes]
+    if lacking:
+        say_once(f"{folder}: has no pictures of {some_of(lacking)}, so it says nothing about them")
     decoded = cache.open(folder, dataset["view_size"], dataset["white_level"])
     decoded.require_readable(cache.skip_bad)
 
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") and path.is_dir()
-        if hidden and any(is_picture(each.name) for each in path.rglob("*")):
+        if hidden and list_pictures(path):
             say_once(f"{folder}: left out the folder {path.name}, whose name begins with a dot")
 
-    number = {name: k for k, name in enumerate(classes)}
+    number = {name: classes.index(its_class) for name, its_class in class_of.items()}
     owners = [path.split("/")[0] for path in decoded.paths]
     rows = np.array([row for row, name in enumerate(owners) if name in number], np.int64)
     labels = np.array([number[owners[row]] for row in rows], np.int64)
     if len(rows) < len(owners):
         print(f"{folder}: left out {len(owners) - len(rows)} pictures beside the class folders")
-    unread = [name for k, name in enumerate(classes) if k not in labels]
+    unread = [name for name, k in number.items() if k not in labels]
     if unread:
         raise UserError(f"{folder / unread[0]}: no picture of it can be read; mend or remove it")
     return classes, Pictures.of(decoded, rows, labels)
@@ -116,13 +70,14 @@ def open_training(cache, dataset, moved_to=None):
     already they are compared with what is there, and a UserError names what differs. moved_to:
     where the folder lies now, None for where it lay.
     """
-    folder = data_folder(moved_to or dataset["dir"])
-    classes, train = open_labelled(cache, folder / "train", dataset)
-    fingerprint = train.fingerprint()
-    if (folder / "val").is_dir():
-        its_classes, val = open_labelled(cache, folder / "val", dataset)
+    folder = folders.data_folder(moved_to or dataset["dir"])
+    classes, train = open_labelled(cache, folders.train_folder(folder), dataset)
+    fingerprint, val_folder = train.fingerprint(), folders.part_folder(folder, "val")
+    if val_folder.is_dir():
+        its_classes, val = open_labelled(cache, val_folder, dataset)
+        remedy = "add pictures of them, or take the folder away: a part of train/ validates then"
         both = ({"classes": each} for each in (classes, its_classes))
-        require_same(*both, f"{folder / 'val'} against train", "both need the same class folders")
+        require_same(*both, f"{val_folder} against train", remedy)
         fingerprint += f"+{val.fingerprint()}"
         held_out = []
     else:
@@ -186,7 +141,7 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     """
     if unlabelled is None:
         return None
-    beside = Path(dataset["dir"]) / "unlabelled"
+    beside = folders.part_folder(dataset["dir"], "unlabelled")
     if folder is None:
         stayed = Path(unlabelled["dir"]).is_dir() or not beside.is_dir()
         folder = unlabelled["dir"] if stayed else beside
@@ -222,9 +177,9 @@ def open_to_compare(cache, dataset):
 
     One that is flat, empty or lacks a class is for evaluate.py to refuse, and stops no training.
     """
-    folders = [folder for folder in test_folders(dataset["dir"]) if list_pictures(folder)]
+    tests = [each for each in folders.test_folders(dataset["dir"]) if list_pictures(each)]
     size, white_level = dataset["view_size"], dataset["white_level"]
-    return [Pictures.of(cache.open(folder, size, white_level)) for folder in folders]
+    return [Pictures.of(cache.open(folder, size, white_level)) for folder in tests]
 
 
 def leaked_paths(pictures, others, kind, drop, allow):
@@ -233,47 +188,71 @@ def leaked_paths(pictures, others, kind, drop, allow):
     others: list of `Pictures`; kind: "training" or "unlabelled". Where there are some, drop and
     allow say what to do; with neither a UserError says so.
     """
+    def names(each):
+        return zip(each.digests(), each.pixel_digests())
+    said = f"{kind} pictures are test or validation pictures too"
+    return leaks_left_out(shared(pictures, others, names), said, drop, allow)
+
+
+def paths_of_split_parts(pictures, others, pattern, drop, allow):
+    """As `leaked_paths`, of training pictures of parts that others show too, by --group-regex."""
+    if pattern is None:
+        return []
+
+    def names(each):
+        below = [path.split("/", 1)[1] for path in each.paths()]
+        matches = [re.search(pattern, path) for path in below]
+        return [[match.group(1)] if match and match.group(1) else [] for match in matches]
+    said = "training pictures show parts that test or validation pictures show, by --group-regex"
+    return leaks_left_out(shared(pictures, others, names), said, drop, allow)
+
+
+def shared(pictures, others, names):
+    """[(path, path of one of the others)] of the pictures that have a name in common with it.
+
+    names: function that gives for each of some `Pictures` the names it goes by.
+    """
     path_of = {}
     for other in others:
-        for digests in (other.digests(), other.pixel_digests()):
-            path_of.update(zip(digests, other.paths()))
-    leaks = []
-    for i, digests in enumerate(zip(pictures.digests(), pictures.pixel_digests())):
-        copies = [path_of[digest] for digest in digests if digest in path_of]
-        if copies:
-            leaks.append((pictures.path(i), copies[0]))
+        for path, its_names in zip(other.paths(), names(other)):
+            path_of.update(dict.fromkeys(its_names, path))
+    both = []
+    for path, its_names in zip(pictures.paths(), names(pictures)):
+        found = [path_of[name] for name in its_names if name in path_of]
+        both += [(path, found[0])] if found else []
+    return both
+
+
+def leaks_left_out(leaks, said, drop, allow):
+    """The paths to leave out of [(path, path of the other one)]; a UserError without a choice."""
     if not leaks or allow:
         return []
     if not drop:
-        ours, theirs = leaks[0]
         raise UserError(
-            f"{len(leaks)} {kind} pictures are test or validation pictures too "
-            f"({ours} = {theirs}); --drop-leaks leaves them out, --allow-leakage goes on"
+            f"{len(leaks)} {said} ({' = '.join(leaks[0])}); --drop-leaks leaves them out, "
+            "--allow-leakage goes on"
         )
-    print(f"{len(leaks)} {kind} pictures left out, since they are test or validation pictures too")
+    print(f"left out: {len(leaks)} {said}")
     return [path for path, _ in leaks]
 
 
 # ------------------------------------------------------------------------------------- test sets
 
 
-def open_tests(cache, folders, dataset):
+def open_tests(cache, test_dirs, dataset):
     """{name: Pictures} of test folders, named as the folder, or by its path where names collide.
 
-    dataset: with classes. Raises UserError as `open_labelled` does, for a folder with other
-    classes, and for pictures given twice, which would count twice in the mean.
+    dataset: with classes, of which a test set may lack some. Raises UserError as `open_labelled`
+    does, and for pictures given twice, which would count twice in the mean.
     """
-    names = [Path(folder).name for folder in folders]
+    names = [Path(folder).name for folder in test_dirs]
     taken = {name for name in names if names.count(name) > 1} | set(TRAINING_SETS)
     sets, folder_of = {}, {}
-    for folder, name in zip(folders, names):
-        classes, pictures = open_labelled(cache, folder, dataset)
+    for folder, name in zip(test_dirs, names):
+        _, pictures = open_labelled(cache, folder, dataset, dataset["classes"])
         other = folder_of.setdefault(pictures.fingerprint(), folder)
         if other is not folder:
             raise UserError(f"{folder}: the pictures of {other}; give each test set once")
-        both = ({"classes": each} for each in (dataset["classes"], classes))
-        remedy = "a test set needs one folder for each class the models know"
-        require_same(*both, f"{folder} against the models", remedy)
         path = Path(folder).resolve() if str(folder) == name else Path(folder)
         sets[path.as_posix() if name in taken else name] = pictures
     return sets

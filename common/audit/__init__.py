@@ -5,13 +5,12 @@ A set that leaks praises every model. What is wrong with it is told; nothing is 
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
-from common import files, splits  # splits: it may itself be importing common.audit
-from common.audit import label_errors, near_duplicates, shortcuts
-from common.files import UserError, px
+from common import files, folders, splits  # splits: it may be importing common.audit
+from common.audit import near_duplicates, shortcuts
+from common.files import UserError, px, some_of
 
 VERSION = 7  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
@@ -27,13 +26,13 @@ def open_training_sets(cache, dataset, specs, moved_to=None):
     if dataset is None:
         print("audit: left out; an exported file does not say which pictures it was trained on")
         return {}
-    moved = moved_to and Path(moved_to, "train").is_dir()
+    moved = moved_to and folders.part_folder(moved_to, "train").is_dir()
     try:
         train, val, dataset = splits.open_training(cache, dataset, moved_to if moved else None)
     except UserError as error:
         print(f"audit: left out, since the training pictures are not here as they were ({error})")
         return {}
-    sets, beside = {"train": train, "val": val}, splits.pool_folder(dataset["dir"])
+    sets, beside = {"train": train, "val": val}, folders.pool_folder(dataset["dir"])
     try:
         if specs and specs[0]["unlabelled"]:
             unlabelled = specs[0]["unlabelled"]
@@ -136,7 +135,7 @@ def audit_lines(findings, classes, group_regex=None):
     lines = []
     for (kind, name, of), texts in examples.items():
         count = f"{len(texts)} of {findings['sizes'][name]} pictures of {name}"
-        lines.append(f"{count} are {words[kind]} in {of}: {label_errors.some_of(texts)}")
+        lines.append(f"{count} are {words[kind]} in {of}: {some_of(texts)}")
 
     conflicts = []
     for copy in findings["conflicts"] + findings["copies"]:
@@ -156,14 +155,14 @@ def audit_lines(findings, classes, group_regex=None):
         lines.append(proposal.format_map(findings["groups"]))
 
     for name, counts in findings["per_class"].items():
-        few = [f"{c} ({n})" for c, n in zip(classes, counts) if n < FEW]
+        few = [f"{c} ({n})" for c, n in zip(classes, counts) if 0 < n < FEW]
         if few and name not in splits.TRAINING_SETS:
-            few = f"fewer than {FEW} pictures of {', '.join(few)}"
+            few = f"fewer than {FEW} pictures of {some_of(few)}"
             lines.append(f"{name}: {few}: nothing can be said about these classes alone")
 
     for by, scores_of in findings["shortcuts"].items():
         for of, scores in scores_of.items():
-            share = 100 * scores["balanced_accuracy"]
-            if share > 50 + 50 / len(classes):  # half-way from chance to perfect
+            share, whole = 100 * scores["balanced_accuracy"], min(findings["per_class"][of]) > 0
+            if whole and share > 50 + 50 / len(classes):  # half-way from chance to perfect
                 lines.append(f"shortcut: {by} alone gives {share:.0f} % balanced accuracy on {of}")
     return lines

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.files import some_of
 from common.models import predict
 
 NEIGHBOURS = 7  # whose labels are compared with a picture's own
 BLOCK = 1024  # pictures at a time
 REFERENCES = 10_000  # pictures that each one is compared with, so that time grows with N alone
-SHOWN = 3  # examples in a line
 
 
 def find_label_errors(teachers, train, val, answers):
@@ -106,8 +106,3 @@ def label_error_lines(label_errors, classes):
         if errors:
             lines.append(f"{len(errors)} label errors suspected in {name}: {some_of(examples)}")
     return lines
-
-
-def some_of(texts):
-    """The first of some texts, and dots for the rest."""
-    return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")

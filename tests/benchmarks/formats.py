@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from bench import machine, print_table
 
-from common import cli, splits
+from common import cli, folders, splits
 from common.export import load_exported
 from common.metrics import score
 from common.models import read_header
@@ -34,7 +34,7 @@ def answers(path, pictures):
 def rows_of(folder):
     """A row per test set of one run folder."""
     dataset = read_header(folder / "model.pt")["dataset"]
-    tests = splits.test_folders(dataset["dir"])
+    tests = folders.test_folders(dataset["dir"])
     sets = splits.open_tests(DecodedCache(cli.CACHE), tests, dataset)
     for name, pictures in sets.items():
         said = [answers(folder / file, pictures) for file in NAMES]
