@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 
-from common import cli, distributed, export, export_onnx, models, splits, training
+from common import cli, distributed, export, export_onnx, folders, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
@@ -72,8 +72,8 @@ def parse_arguments():
     cli.add_training_flags(p)
 
     g = p.add_argument_group("export; with --resume a finished student is exported again")
-    g.add_argument("--good-class", metavar="NAME",
-                   help="the class that is no defect (default: good or ok, where there is one)")
+    g.add_argument("--good-class", nargs="+", action="extend", metavar="NAME",
+                   help="the classes that are no defect (default: those called good or ok)")
     target = g.add_mutually_exclusive_group()
     target.add_argument("--max-miss-rate", type=cli.open_fraction, default=0.05,
                         help="share of the defects that may pass, with 95 %% confidence, for the "
@@ -126,7 +126,7 @@ def distil(output, onnx, args):
         weights = class_weights(labelled.labels, len(dataset["classes"])).to(device)
 
     # The run.
-    steps = args.steps or (EMBEDDED_STEPS if splits.is_embedded(dataset["dir"]) else STEPS)
+    steps = args.steps or (EMBEDDED_STEPS if folders.is_embedded(dataset["dir"]) else STEPS)
     schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
     run = training.Run(model, groups, schedule, output, {
         "kind": "student",
@@ -172,9 +172,7 @@ def open_pictures(spec, args):
     cache = cli.decoded_cache(args)
     labelled, val, dataset = splits.open_training(cache, spec["dataset"], args.data_dir)
     pool = splits.open_same_pool(cache, args.unlabelled, dataset, spec["unlabelled"])
-    if args.good_class and args.good_class not in dataset["classes"]:
-        classes = ", ".join(dataset["classes"])
-        raise UserError(f"--good-class {args.good_class}: the classes are {classes}")
+    check_good_classes(dataset["classes"], args.good_class)
     return labelled, labelled + pool if pool else labelled, val, dataset
 
 
@@ -211,7 +209,7 @@ def export_student(output, pictures, val, spec, onnx, args):
     dataset = state["dataset"]
     about = {
         "classes": state["classes"],
-        "good_class": good_class(state["classes"], args.good_class),
+        "good_classes": good_classes(state["classes"], args.good_class),
         "view_size": dataset["view_size"],
         "white_level": dataset["white_level"],
         "weights_sha256": state["weights_sha256"],
@@ -228,10 +226,24 @@ def export_student(output, pictures, val, spec, onnx, args):
         announce(output / name, metadata)
 
 
-def good_class(classes, wanted=None):
-    """The class that is no defect: `wanted`, or the one called good or ok, or None without one."""
-    named = (name for name in classes if name.lower() in ("good", "ok"))
-    return wanted or next(named, None)
+def good_classes(classes, wanted=None):
+    """The classes that are no defect: `wanted`, or those called good or ok."""
+    return wanted or [name for name in classes if name.lower() in ("good", "ok")]
+
+
+def check_good_classes(classes, wanted):
+    """Refuse wrong names of good classes, and say where none leaves the files without threshold."""
+    good, names = good_classes(classes, wanted), ", ".join(classes)
+    unknown = [name for name in good if name not in classes]
+    if unknown:
+        raise UserError(f"--good-class {unknown[0]}: the classes are {names}")
+    if set(good) == set(classes):
+        raise UserError("--good-class: names all classes, so that nothing would be a defect")
+    if not good:
+        print(
+            f"no class of {names} is called good or ok, so the files will hold no threshold; "
+            "--good-class NAME [NAME ...] says which are no defect (also later, with --resume)"
+        )
 
 
 def announce(path, metadata):
@@ -244,7 +256,7 @@ def announce(path, metadata):
     )
     print(f"{path}: sha256 {file_sha256(path)}")
     if point:
-        print(describe_threshold(point, metadata["good_class"]))
+        print(describe_threshold(point, " or ".join(metadata["good_classes"])))
 
 
 def describe_threshold(point, good):

@@ -13,6 +13,7 @@ A .ts file is a program, and loading it runs it: load only files you trust; --sh
 import csv
 import glob
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -20,26 +21,39 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from timeit import repeat
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+import PIL
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-EXTENSIONS = set(".jpg .jpeg .png .bmp .tif .tiff .webp .gif .pgm .ppm".split())
+EXTENSIONS = set(".jpg .jpeg .jpe .jfif .jif .png .apng .bmp .dib .tif .tiff .webp .gif .pgm .ppm "
+                 ".pnm .pbm".split())
+LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
+               "lost+found", "system volume information"}  # folders of systems, not of users
+OURS = {"judged.jsonl", "thumbs.db", "desktop.ini"}  # files that need no word
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a file's name says
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
 LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
+ORIENTATION = 274  # a tag of EXIF
+SUBFILE, BITS, PLANES = 254, 258, 284  # tags of TIFF; the first is odd for a thumbnail
+OTHER_BYTE = {"LA;16B": "RGBA", "RGB;16L": "RGB;16B", "RGB;16B": "RGB;16L", "RGBA;16L": "RGBA;16B",
+              "RGBA;16B": "RGBA;16L", "RGBX;16L": "RGBX;16B", "RGBX;16B": "RGBX;16L"}
 BAND, BLOCK = 128, 4  # rows that are converted at a time, and that `resize` makes at a time
-SCHEMA = 6  # of the exported file, as in common/export.py
+SCHEMA = 7  # of the exported file, as in common/export.py
 CHECKSUMS = {".ts": 95, ".onnx": 89}  # bytes at a file's end with the sha256 of all before them
+OLDEST = {".ts": "2.1", ".onnx": "1.18", "Pillow": "9.0"}  # versions that were tried
 ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM has the last two
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; age at which an unreadable file is bad
+AGAIN = 10.0  # s until a picture is tried again that something around it kept from being read
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
 warnings.filterwarnings("ignore", message=".*torch.jit")  # TorchScript is deprecated upstream
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # microscopes write notes
 warnings.filterwarnings("ignore", module="PIL")  # a picture is read, or reported in one line
 
 
@@ -58,39 +72,107 @@ def csv_name(name):
 
 
 def read_picture(file, white_level=65535):
-    """Decode a picture, a path or binary file, to uint8 RGB [H, W, 3], upright by its EXIF tag.
+    """The first of what `decode` returns, of a path or binary file."""
+    return decode(file.read() if hasattr(file, "read") else Path(file).read_bytes(), white_level)[0]
 
-    Grey pictures of more than 8 bits are scaled so that `white_level` becomes 255. Raises Pillow's
-    exceptions, or ValueError for more than MAX_PIXELS, MAX_SIDE or MAX_SCANS, or above LARGE pixels
-    DENSITY a byte, before anything is decoded. Takes 7 bytes a pixel, some formats up to 16.
+
+def decode(content, white_level=65535):
+    """(picture, brightest, several) of a file's bytes: uint8 RGB [H, W, 3], upright by EXIF.
+
+    Values of more than 8 bits are scaled so that `white_level` becomes 255; brightest is the
+    highest of them, or None. Of several pages the first that is no thumbnail is read. Raises
+    Pillow's exceptions, or ValueError for more than MAX_PIXELS, MAX_SIDE or MAX_SCANS, or above
+    LARGE pixels DENSITY a byte, before anything is decoded. Takes 7 bytes a pixel beside the
+    file's, some formats up to 16.
     """
-    with Image.open(file, formats=FORMATS) as image:
-        image.filename = ""  # else Pillow may map the file, and a file cut off meanwhile is fatal
-        width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise ValueError(f"{image.size}: over the limit of {MAX_PIXELS} or {MAX_SIDE} a side")
-        place = image.fp.tell()
-        size = image.fp.seek(0, io.SEEK_END)
-        image.fp.seek(place)
-        if width * height > max(LARGE, DENSITY * size):
-            raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
-        if "progressive" in image.info and image.fp.read().count(b"\xff\xda") > MAX_SCANS:
-            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
-        ImageOps.exif_transpose(image, in_place=True)
-        picture = np.empty((image.height, image.width, 3), np.uint8)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        several = go_to_first_page(image)
+        refuse_huge(image, content)
+        low = low_bytes(image, content)
+        image.load()
+        picture, brightest = np.empty((image.height, image.width, 3), np.uint8), None
         for top in range(0, image.height, BAND):  # converted whole, it would take twice the memory
             rows = picture[top:top + BAND]
-            band = image.crop((0, top, image.width, top + len(rows)))
+            box = (0, top, image.width, top + len(rows))
+            band = image.crop(box)
+            values = None
             if is_deep(band):  # convert("RGB") would clip at 255
-                values = np.asarray(band, dtype=np.float32) / (white_level / 255)
-                band = Image.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
-            rows[:] = np.asarray(band.convert("RGB"))
-        return picture
+                values = np.nan_to_num(np.asarray(band, dtype=np.float32))[..., None]
+            elif low:
+                values = 256 * np.asarray(band.convert("RGB"), dtype=np.float32)
+                values += np.asarray(low.crop(box).convert("RGB"))
+            if values is None:
+                rows[:] = np.asarray(band.convert("RGB"))
+            else:
+                brightest = max(float(values.max()), brightest or 0.0)
+                rows[:] = (values / (white_level / 255)).clip(0, 255).astype(np.uint8)
+        tag = 1
+        with suppress(Exception):  # a damaged EXIF block, of which Pillow raises many kinds
+            tag = image.getexif().get(ORIENTATION)
+    return upright(picture, tag), brightest, several
+
+
+def go_to_first_page(image):
+    """Whether a PIL image has several pages; it is left at the first that is no thumbnail."""
+    several = image.format != "MPO" and getattr(image, "is_animated", False)  # a phone's JPEG
+    with suppress(EOFError):  # all are thumbnails
+        while several and image.format == "TIFF" and image.tag_v2.get(SUBFILE, 0) & 1:
+            image.seek(image.tell() + 1)
+    return several
+
+
+def refuse_huge(image, content):
+    """Raise ValueError for what would take too much memory or time to decode."""
+    (width, height), size = image.size, len(content)
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels, over the limit of {MAX_PIXELS} or {MAX_SIDE} "
+                         "a side (MAX_PIXELS, MAX_SIDE in infer.py); cut it up or shrink it")
+    if width * height > max(LARGE, DENSITY * size):
+        raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
+    if "progressive" in image.info and content.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
+
+
+def low_bytes(image, content):
+    """The low bytes of 16-bit colours as another PIL image, since Pillow reads the high ones alone.
+
+    Told that the two bytes come in the other order, it takes the low ones. None for other pictures.
+    Raises ValueError for deep colours of another layout.
+    """
+    native = {"little": "16L", "big": "16B"}[sys.byteorder]
+    args = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
+    layout = str(args[0][0]).replace("16N", native) if args else None
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if layout in OTHER_BYTE and tags.get(PLANES) != 2:
+        other = Image.open(io.BytesIO(content), formats=FORMATS)
+        other.seek(image.tell())
+        for number, (tile, (_, *more)) in enumerate(zip(other.tile, args)):
+            where, swapped = tile[:3], (OTHER_BYTE[layout], *more)
+            plain = type(tile) is tuple  # as before Pillow 11
+            other.tile[number] = (*where, swapped) if plain else type(tile)(*where, swapped)
+        return other.getchannel(1) if layout.startswith("LA") else other
+    if max(tags.get(BITS, (8,))) > 8 and not is_deep(image):
+        raise ValueError("16-bit colours plane by plane, as CMYK or premultiplied; save it as RGB")
+    return None
+
+
+def upright(picture, tag):
+    """A picture [H, W, 3] turned as its EXIF orientation, 1 to 8, says."""
+    picture = picture.transpose(1, 0, 2) if tag in (5, 6, 7, 8) else picture
+    rows, columns = -1 if tag in (3, 4, 7, 8) else 1, -1 if tag in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(picture[::rows, ::columns])
 
 
 def is_deep(image):
     """Whether a PIL image has more than 8 bits a pixel."""
     return image.mode.startswith(("I", "F"))
+
+
+def why_unreadable(error):
+    """What is wrong with a picture, and what helps, in one line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].split(" <_io")[0]
+    cut_off = "truncated" in text or isinstance(error, EOFError)
+    return text + ("; copy it again, or open and save it anew" if cut_off else "")
 
 
 def list_pictures(names):
@@ -102,27 +184,58 @@ def list_pictures(names):
             raise Refused(f"{name}: no such file or folder")
         yield from map(Path, files)
         for folder in filter(os.path.isdir, [] if files else matches):
-            yield from sorted(pictures_below(folder))
+            left_out = Counter()
+            yield from sorted(pictures_below(folder, left_out))
+            if left_out:
+                print(printable(left_out_line(folder, left_out)), file=sys.stderr)
 
 
 def give_up(error):
     raise error
 
 
-def pictures_below(folder):
-    """Paths of the pictures below a folder, links followed unless they lead in a circle."""
+def pictures_below(folder, left_out):
+    """Paths of the pictures below a folder, links followed unless they lead in a circle.
+
+    left_out: Counter of what is none, which grows, see `is_left_out`.
+    """
     for here, folders, files in os.walk(folder, onerror=give_up, followlinks=True):
-        yield from filter(key_of, (Path(here, name) for name in files))
+        yield from (Path(here, name) for name in files
+                    if not is_left_out(name, left_out) and os.path.isfile(os.path.join(here, name)))
         above = {path.resolve() for path in (Path(here), *Path(here).parents)}
-        folders[:] = [f for f in folders if f[0] != "." and Path(here, f).resolve() not in above]
+        folders[:] = [name for name in folders if not is_left_out(name, left_out, True)
+                      and Path(here, name).resolve() not in above]
 
 
-def key_of(file):
-    """(name, size, time of change in ns) of a Path or DirEntry; None where it is no picture."""
-    if os.path.splitext(file.name)[1].lower() in EXTENSIONS and not file.name.startswith("."):
-        with suppress(OSError):  # moved away meanwhile
-            stat = file.stat()
-            return (file.name, stat.st_size, stat.st_mtime_ns) if file.is_file() else None
+def is_left_out(name, left_out, is_folder=False):
+    """Whether a file or folder of this name is left out, in training as on a device.
+
+    Hidden ones are, and what systems leave behind, and files that are no pictures by their ending.
+    The last two are counted in `left_out` by what a user would call them.
+    """
+    if name.startswith("."):
+        return True
+    ending = os.path.splitext(name)[1].lower()
+    if name.lower() in LEFT_BEHIND:
+        left_out[f"folder {name}"] += 1
+    elif is_folder or ending in EXTENSIONS:
+        return False
+    elif name.lower() not in OURS:
+        left_out[ending or "without ending"] += 1
+    return True
+
+
+def left_out_line(folder, left_out):
+    """In words what `is_left_out` counted in a folder."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+    return f"{folder}: left out, since they are no pictures by their names: {counts}"
+
+
+def key_of(path, folder):
+    """(name below the folder, size, time of change in ns) of a file; None where it is gone."""
+    with suppress(OSError):  # moved away meanwhile
+        stat = path.stat()
+        return path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns
 
 
 def resize(picture, view_size):
@@ -168,26 +281,40 @@ def load_student(path, sha256=None, threads=None):
     if sha256 and (its := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise Refused(f"{path}: its sha256 is {its}, not {sha256}; copy the file again")
     kind, load = (".onnx", load_onnx) if Path(path).suffix == ".onnx" else (".ts", load_torchscript)
+    content, checksum = data[:-CHECKSUMS[kind]], data[-CHECKSUMS[kind]:]
+    foreign = Refused(f"{path}: not a student{kind} of this version, or damaged; export it again")
+    if hashlib.sha256(content).hexdigest().encode() not in checksum:
+        raise foreign
     try:
-        content, checksum = data[:-CHECKSUMS[kind]], data[-CHECKSUMS[kind]:]
-        if hashlib.sha256(content).hexdigest().encode() not in checksum:
-            raise ValueError("damaged")
-        student, metadata = load(data, threads)
+        student, text, runtime = load(data, threads)
+    except ModuleNotFoundError as error:
+        raise Refused(f"{path}: needs {error.name}; pip install {error.name}") from None
+    except Exception as error:  # of many kinds; the file is whole, so it is the runtime
+        raise Refused(f"{path}: is whole, but {runtime_of(kind)} cannot run it: "
+                      f"{why_unreadable(error)}") from None
+    try:
+        metadata = json.loads(text)
+        metadata["runtime"] = runtime[metadata["precision"]]
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
         height, width = metadata["view_size"]
         Judge(student, metadata)(Path(), np.zeros((height, width, 3), np.uint8))  # wrong types fail
         json.dumps(metadata, indent=1)  # as does what is nested too deep for --info
-        return student, metadata
-    except ModuleNotFoundError as error:
-        raise Refused(f"{path}: needs {error.name}; pip install {error.name}") from None
     except Exception:  # of many kinds
-        reason = f"not a student{kind} of this version, or damaged; export it again"
-        raise Refused(f"{path}: {reason}") from None
+        raise foreign from None
+    return student, metadata
+
+
+def runtime_of(kind):
+    """The installed runtime of a kind of file, in words, and the oldest one that was tried."""
+    name = {".ts": "torch", ".onnx": "onnxruntime"}[kind]
+    with suppress(Exception):  # a package that is damaged or fits no other may have no version
+        name += " " + importlib.metadata.version(name)
+    return f"{name} (oldest that works: {OLDEST[kind]})"
 
 
 def load_torchscript(data, threads):
-    """(student, metadata) of a .ts file."""
+    """(student, metadata as text, {precision: runtime in words}) of a .ts file."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # int8 is deprecated upstream as well
     import torch
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -199,10 +326,9 @@ def load_torchscript(data, threads):
         return torch.inference_mode()(lambda frames: module(torch.from_numpy(frames)).numpy())
 
     student, engine = first_working_engine(load, np.zeros((64, 64, 3), np.uint8))
-    metadata = json.loads(extra["metadata.json"])
-    engine = {"float32": "", "int8": f", engine {engine}"}[metadata["precision"]]
-    runtime = f"torch {torch.__version__}, {torch.get_num_threads()} threads{engine}"
-    return student, {**metadata, "runtime": runtime}
+    runtime = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    by_precision = {"float32": runtime, "int8": f"{runtime}, engine {engine}"}
+    return student, extra["metadata.json"], by_precision
 
 
 def first_working_engine(load, frame):
@@ -218,29 +344,30 @@ def first_working_engine(load, frame):
 
 
 def load_onnx(data, threads):
-    """(student, metadata) of an .onnx file."""
+    """(student, metadata as text, {precision: runtime in words}) of an .onnx file."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0  # 0: one for each core
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits, sleeps
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    metadata = json.loads(session.get_modelmeta().custom_metadata_map["metadata.json"])
+    height, width = session.get_inputs()[0].shape[1:3]
 
     def student(pictures):
         pictures = pictures.reshape(-1, *pictures.shape[-3:])
-        frames = [resize(picture, metadata["view_size"]) for picture in pictures]
+        frames = [resize(picture, (height, width)) for picture in pictures]
         return session.run(None, {"pictures": np.stack(frames)})[0]
+    text = session.get_modelmeta().custom_metadata_map.get("metadata.json", "")
     runtime = f"onnxruntime {onnxruntime.__version__}, {threads or 'default'} threads"
-    return student, {**metadata, "runtime": runtime}
+    return student, text, {"float32": runtime, "int8": runtime}
 
 
 def occlusion_map(student, frame, good):
     """float [h, w] in 0..1: where a uint8 picture [H, W, 3] at the view size shows a defect.
 
     Each place in turn is blurred away, softly, and what that takes from log p(defect) - log p(good)
-    counts (occlusion, Zeiler and Fergus 2014). The defect is the likeliest class that is not number
-    `good` (None for none); 2 nats count as 1. There are at most 64 places, of a square 8 x 8, and
-    each costs a picture through the student.
+    counts (occlusion, Zeiler and Fergus 2014). The defect is the likeliest class that is not among
+    the numbers `good`; 2 nats count as 1. There are at most 64 places, of a square 8 x 8, and each
+    costs a picture through the student.
     """
     height, width, _ = frame.shape
     rows = min(64, max(1, round(8 * (height / width) ** 0.5)))
@@ -256,9 +383,9 @@ def occlusion_map(student, frame, good):
     covers = covers.reshape(-1, height, width, 1)
     covered = [np.rint(frame + part * (blurred - frame)) for part in np.array_split(covers, 4)]
     answers = [student(frames.astype(np.uint8)) for frames in (frame[None], *covered)]
-    log_p = np.log(np.maximum(np.concatenate(answers), 1e-9))
-    defect = max(set(range(log_p.shape[1])) - {good}, key=lambda number: log_p[0, number])
-    lead = log_p[:, defect] - (0 if good is None else log_p[:, good])
+    p = np.maximum(np.concatenate(answers), 1e-9)
+    defect = max(set(range(p.shape[1])) - set(good), key=lambda number: p[0, number])
+    lead = np.log(p[:, defect] / (p[:, sorted(good)].sum(1) if good else 1))
     weakened = np.fmax(lead[0] - lead[1:], 0).reshape(rows, columns)  # NaN counts as nothing
     return weakened / max(weakened.max(), 2)
 
@@ -270,19 +397,24 @@ class Judge:
         self.student, self.heatmaps = student, heatmaps
         self.view_size, self.white_level = metadata["view_size"], metadata["white_level"]
         self.classes = [printable(name) for name in metadata["classes"]]
-        good, point = metadata["good_class"], metadata["operating_point"]
-        self.good = metadata["classes"].index(good) if good else None
+        point, self.good = metadata["operating_point"], set()
+        for name in metadata["good_classes"]:
+            self.good.add(metadata["classes"].index(name))
         self.band = review_band or (point and (point["threshold"], point["threshold"]))
 
     def __call__(self, path, picture=None):
         """The verdict on the picture in a file, or on the given one [H, W, 3], as plain data."""
         verdict = {"path": printable(path.as_posix())}
         try:
-            picture = read_picture(path, self.white_level) if picture is None else picture
+            if picture is None:
+                picture, _, several = decode(path.read_bytes(), self.white_level)
+                verdict["note"] = "the first of several pages" if several else None
         except Exception as error:  # Pillow raises many kinds for damaged files
-            return {**verdict, "error": printable(error) or type(error).__name__}
+            # What has an error number, a share's bad moment, says nothing about the picture.
+            passing = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+            return {**verdict, "error": printable(why_unreadable(error)), "passing": passing}
         p = self.student(picture)[0].tolist()
-        score = None if self.good is None else sum(p[:self.good] + p[self.good + 1:])
+        score = sum(p[k] for k in range(len(p)) if k not in self.good) if self.good else None
         verdict["decision"] = self.decide(score) if self.band else None
         verdict["class"], verdict["probability"] = self.classes[p.index(max(p))], max(p)
         verdict["defect_score"] = score  # as a sum, since 1 - p(good) would be 0 below 6e-8
@@ -305,7 +437,7 @@ class Judge:
         image = Image.fromarray(picture).resize(size)
         mask = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
         image.paste(RED, mask=mask)
-        defects = (name for k, name in enumerate(self.classes) if k != self.good)
+        defects = (name for k, name in enumerate(self.classes) if k not in self.good)
         text = f"{verdict['decision'] or ''} {verdict['class']} {verdict['probability']:.2f}"
         text = f"{text.strip()}; red: {max(defects, key=verdict['probabilities'].get)}"
         sheet = ImageOps.expand(image, (0, 18, 0, 0), "white")
@@ -320,7 +452,10 @@ def show(verdict, as_json, as_csv):
     """Print a verdict in one line, at once; returns whether the picture could not be read."""
     if "error" in verdict:
         print(f"{verdict['path']}: cannot be read ({verdict['error']})", file=sys.stderr)
-    elif as_json:
+        return True
+    if verdict.get("note"):
+        print(f"{verdict['path']}: {verdict['note']} is judged", file=sys.stderr)
+    if as_json:
         print(json.dumps({name: value for name, value in verdict.items() if value is not None}))
     elif as_csv:
         row = {**verdict, "path": csv_name(verdict["path"]), "class": csv_name(verdict["class"])}
@@ -329,7 +464,7 @@ def show(verdict, as_json, as_csv):
         words = (verdict["path"], verdict["class"], f"{verdict['probability']:.3f}")
         print(*words, *filter(None, [verdict["decision"]]), sep="\t")
     sys.stdout.flush()
-    return "error" in verdict
+    return False
 
 
 def watch(folder, judge, report):
@@ -346,6 +481,8 @@ def watch(folder, judge, report):
         raise Refused("--watch needs filelock; pip install filelock") from None
     except Timeout:
         raise Refused(f"{folder}: watched by another infer.py; end that one first") from None
+    except NotImplementedError:
+        raise Refused(f"{folder}: no file locks there; watch a folder on another disk") from None
     with open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
         *lines, cut_off = Path(log.name).read_bytes().split(b"\n")
         log.truncate(log.tell() - len(cut_off))
@@ -355,10 +492,20 @@ def watch(folder, judge, report):
                 whole = line[line.rfind(b'{"key":'):]  # after one that a full disk cut off
                 judged.add(tuple(json.loads(whole)["key"]))
         print(f"watching {printable(folder)}, {len(judged)} judged before", file=sys.stderr)
+        later = {}  # pictures that something around them kept from being read: when to try again
         for path, key in arrivals(folder, judged):
+            if time.monotonic() < later.get(key, 0):
+                continue
             verdict = judge(path)
-            if key_of(path) != key or "error" in verdict and time.time() - key[2] / 1e9 < SETTLE:
+            if key_of(path, folder) != key:
                 continue  # it is still being written
+            if verdict.get("passing"):
+                if key not in later:
+                    report(verdict)
+                later[key] = time.monotonic() + AGAIN
+                continue
+            if "error" in verdict and time.time() - key[2] / 1e9 < SETTLE:
+                continue
             line = (json.dumps({"key": key, **verdict}) + "\n").encode()
             end = log.seek(0, os.SEEK_END)
             try:
@@ -373,17 +520,36 @@ def watch(folder, judge, report):
 
 
 def arrivals(folder, judged):
-    """(path, key) of pictures in a folder that are not in `judged`, oldest first, for ever."""
-    before = set()
+    """(path, key) of pictures below a folder that are not in `judged`, oldest first, for ever."""
+    before, said = set(), set()
     while True:
-        start = time.perf_counter()
-        now = set(map(key_of, os.scandir(folder))) - {None}
+        start, left_out = time.perf_counter(), Counter()
+        try:
+            now = {key_of(path, folder) for path in pictures_below(folder, left_out)} - {None}
+            line = left_out_line(folder, left_out)
+        except OSError as error:  # a share's bad moment
+            now, line = set(), f"{error.filename}: {error.strerror}; looking again"
+            left_out = Counter([error.strerror])
         fresh = (now & before) - judged  # its size may be final long before its last pixels
         took = time.perf_counter() - start
+        if left_out.keys() - said:
+            print(printable(line), file=sys.stderr)
+            said |= left_out.keys()
         for key in sorted(fresh, key=lambda key: (key[2], key[0])):
             yield Path(folder, key[0]), key
         before = now
         time.sleep(max(POLL, 20 * took))  # so looking takes 5 % of a core at most
+
+
+def check_reading():
+    """Refuse surroundings that read no picture: by them every picture would be unreadable."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 1)).save(file, "PNG")
+    try:
+        decode(file.getvalue())
+    except Exception as error:
+        raise Refused(f"Pillow {PIL.__version__} reads no picture here ({why_unreadable(error)}); "
+                      f"the oldest that works is {OLDEST['Pillow']}") from None
 
 
 def run():
@@ -407,6 +573,12 @@ def run():
         p.error("--review-band: wants 0 <= LOW <= HIGH <= 1")
     if args.watch and not Path(args.watch).is_dir():
         raise Refused(f"--watch {args.watch}: no such folder")
+    searched = [args.watch] if args.watch else list(filter(os.path.isdir, args.pictures))
+    for folder in searched if args.heatmap else ():
+        if Path(args.heatmap).resolve().is_relative_to(Path(folder).resolve()):
+            raise Refused(f"--heatmap {args.heatmap}: among the pictures of {folder}; name a "
+                          "folder outside of it")
+    check_reading()
 
     student, metadata = load_student(args.model, args.sha256, args.threads)
     if args.review_band and not metadata["operating_point"]:

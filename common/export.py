@@ -24,9 +24,9 @@ from common.files import (
     written_together,
 )
 from common.losses import fit_temperature
-from common.metrics import choose_threshold, defect_scores, score
+from common.metrics import choose_threshold, defect_scores, numbers_of, score
 
-SCHEMA = 6
+SCHEMA = 7
 TOLERANCE = 1e-4  # of a probability, between a network and its file
 BATCH = 64
 
@@ -117,7 +117,7 @@ def export_student(student, val, views, about, limits, folder, onnx=False):
     student: a ResNet18 `Classifier` on the CPU, in evaluation mode; val: pictures with `labels`
     int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; views: function that yields training
     views, float [B, 3, H, W] in [0, 255], that int8 ranges are measured on; about: what the
-    metadata says beside measurements, with view_size, classes and good_class (or None); onnx:
+    metadata says beside measurements, with view_size, classes and good_classes; onnx:
     whether to write student.onnx and student.int8.onnx too. What `folder` held of an earlier export
     is replaced when all are written; until then, and after an error, it stays. Returns
     {name: metadata} of what was written.
@@ -191,14 +191,14 @@ def measured(logits, labels, about, limits):
     """The metadata of a file: `about`, and temperature, threshold and accuracy on validation.
 
     logits: float [N, K], what the file says before calibration; labels: int64 [N]. There is no
-    threshold without a good class, or without good and defective pictures.
+    threshold without good classes, or without good and defective pictures.
     """
     temperature = fit_temperature(logits, labels)
     probabilities = torch.softmax(logits / temperature, dim=1).numpy()
     metrics, point = score(probabilities, labels), None
-    if about["good_class"] is not None:
-        good = about["classes"].index(about["good_class"])
-        scores, defective = defect_scores(probabilities, good), (labels != good).numpy()
+    if about["good_classes"]:
+        good = numbers_of(about["good_classes"], about["classes"])
+        scores, defective = defect_scores(probabilities, good), ~np.isin(labels.numpy(), good)
         if defective.any() and not defective.all():
             point = choose_threshold(scores, defective, limits.goal, limits.target)
     kept = ("accuracy", "accuracy_interval", "balanced_accuracy", "nll", "ece", "n")

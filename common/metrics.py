@@ -1,6 +1,6 @@
 """Numbers about predictions, as the literature defines them, with intervals. Needs numpy alone.
 
-Where one class is good, a part passes or is rejected. The *defect score* of a picture is the
+Where some classes are good, a part passes or is rejected. The *defect score* of a picture is the
 probability of all other classes together; a part is rejected when its score reaches the threshold.
 A *miss* is a defect that passes, a *false alarm* a good part that is rejected.
 """
@@ -139,10 +139,16 @@ def binomial(n, p):
 # ---------------------------------------------------------------------------- the operating point
 
 
-def defect_scores(probabilities, good):
-    """float [N]: the probability of all classes but number `good`. probabilities: float [N, K].
+def numbers_of(names, classes):
+    """The numbers of some classes. Raises ValueError where one is not among `classes`."""
+    return [classes.index(name) for name in names]
 
-    Their sum, not 1 - p(good), in which float32 loses scores below 6e-8.
+
+def defect_scores(probabilities, good):
+    """float [N]: the probability of all classes but those of the numbers `good`.
+
+    probabilities: float [N, K]. Their sum, not 1 - p(good), in which float32 loses scores below
+    6e-8.
     """
     return np.delete(np.asarray(probabilities), good, axis=1).sum(1)
 

@@ -9,10 +9,11 @@ Files are read by infer.py's own lines, so that a device sees what training saw.
 """
 
 import hashlib
-import io
 import json
+import math
 import os
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -21,16 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from common import files
 from common.files import UserError
 from common.losses import UNLABELLED
-from infer import EXTENSIONS, FORMATS, give_up, is_deep, read_picture
+from infer import EXTENSIONS, decode, give_up, is_left_out, left_out_line, why_unreadable
 
-WHITE_LEVEL = 65535  # of pictures with more than 8 bits per pixel
-VERSION = 5  # raise it when decoding or resizing changes
+WHITE_LEVEL = 65535  # of pictures with more than 8 bits per value
+FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats, bytes, cameras of 10 to 16 bits
+VERSION = 6  # raise it when decoding or resizing changes
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -39,18 +40,18 @@ VERSION = 5  # raise it when decoding or resizing changes
 def list_pictures(folder):
     """Relative paths of the pictures below a folder, class folder after class folder, sorted.
 
-    Links are followed; a line says where some lead out of `folder`. Files and folders whose name
-    begins with a dot are left out. Raises UserError where the folder is missing, and for a link to
-    nothing or in a circle.
+    Links are followed; a line says where some lead out of `folder`, another one what is left out,
+    by infer.py's rule. Raises UserError where the folder is missing, and for a link to nothing or
+    in a circle.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     inside = folder.resolve()
-    paths, outside = [], []
+    paths, outside, left_out = [], [], Counter()
     for home, folders, names in os.walk(folder, onerror=give_up, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [Path(home, name) for name in names if is_picture(name)]
+        folders[:] = [name for name in folders if not is_left_out(name, left_out, True)]
+        pictures = [Path(home, name) for name in names if not is_left_out(name, left_out)]
         paths += [path.relative_to(folder).parts for path in pictures if path.is_file()]
         below = [Path(home, name) for name in folders]
         for link in filter(Path.is_symlink, below + pictures):
@@ -63,12 +64,9 @@ def list_pictures(folder):
     if outside:
         say_once(f"{folder}: follows {len(outside)} links that lead out of it, the first "
                  f"{min(outside)}")
+    if left_out:
+        say_once(left_out_line(folder, left_out))
     return ["/".join(parts) for parts in sorted(paths)]
-
-
-def is_picture(name):
-    """Whether a file is a picture by its name."""
-    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
 
 
 @cache
@@ -149,7 +147,8 @@ class DecodedCache:
         if index is None:
             with files.exclusive(home, wait=True):  # another process may be decoding the same
                 index = read_index(home, wanted) or self.decode(folder, home, wanted)
-        warn_if_dark(folder, index)
+        for line in lines_about(folder, index):
+            say_once(line)
 
         kept = [row for row in wanted["files"] if row[0] not in index["bad"]]
         shape = (len(kept), *view_size, 3)
@@ -166,7 +165,7 @@ class DecodedCache:
         start = time.perf_counter()
         (home / "index.json").unlink(missing_ok=True)  # valid only of the array beside it
         rows, size = wanted["files"], wanted["view_size"]
-        bad, sizes, brightest = {}, [], None
+        bad, sizes, brightest, of_several_pages = {}, [], None, 0
 
         def decode(row):
             return decode_file(folder / row[0], row[1], size, wanted["white_level"])
@@ -180,11 +179,13 @@ class DecodedCache:
                     bad[path] = properties
                     continue
                 array.write(pixels.numpy().tobytes())
-                *its_size, deep = properties
+                its_size, its_brightest, several = properties
                 sizes.append(its_size)
-                if deep:
-                    brightest = max(brightest or 0, int(pixels.max()))
-        index = {**wanted, "bad": bad, "sizes": sizes, "brightest_deep": brightest}
+                of_several_pages += several
+                if its_brightest is not None:
+                    brightest = max(brightest or 0.0, its_brightest)
+        index = {**wanted, "bad": bad, "sizes": sizes, "brightest": brightest,
+                 "of_several_pages": of_several_pages}
         files.save_json(index, home / "index.json")
         seconds = time.perf_counter() - start
         print(f"decoded {len(sizes)} pictures of {folder} at {files.px(size)} in {seconds:.1f} s")
@@ -202,30 +203,42 @@ def read_index(home, wanted):
 
 
 def decode_file(path, digest, size, white_level):
-    """(uint8 tensor [*size, 3], (width, height, bytes, is_deep)), or (None, why not)."""
-    content = None
+    """(uint8 tensor [*size, 3], ((width, height, bytes), brightest, several)) with the latter two
+    of infer.py's `decode`, or (None, why not).
+
+    Raises OSError for what is wrong around a picture, such as a share that is gone for a moment.
+    """
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError("changed while it was read")
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            deep = is_deep(image)
-        picture = read_picture(io.BytesIO(content), white_level)
+        picture, brightest, several = decode(content, white_level)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many kinds for damaged files
-        reason = files.first_line(error).split(" <_io")[0]  # the path is told beside it
+        reason = files.first_line(why_unreadable(error), 200)
         return None, "the file is empty" if content == b"" else f"{type(error).__name__}: {reason}"
     height, width = picture.shape[:2]
-    return resize(torch.from_numpy(picture), size), (width, height, len(content), deep)
+    small = resize(torch.from_numpy(picture), size)
+    return small, ((width, height, len(content)), brightest, several)
 
 
-def warn_if_dark(folder, index):
-    """Say so where 16-bit pictures use no more than the lowest 12 bits, as of a 12-bit camera."""
-    brightest = index["brightest_deep"]
-    dark = brightest is not None and brightest <= 255 * 4095 // WHITE_LEVEL
-    if dark and index["white_level"] == WHITE_LEVEL:
-        print(
-            f"warning: {folder}: no 16-bit picture exceeds 4095 of {WHITE_LEVEL}, so all are "
-            "nearly black; for a 12-bit camera train with --white-level 4095"
+def lines_about(folder, index):
+    """What is worth a word about the decoded pictures of a folder."""
+    if index["of_several_pages"]:
+        yield (
+            f"{folder}: {index['of_several_pages']} files hold several pages, of which the first "
+            "that is no thumbnail is used"
+        )
+    brightest, white = index["brightest"], index["white_level"]
+    if not brightest or white / 3 < brightest <= white:
+        return
+    fits = next((scale for scale in FULL_SCALES if brightest <= scale), math.ceil(brightest))
+    if fits != white:
+        effect = "clipped at white" if brightest > white else "dark"
+        yield (
+            f"warning: {folder}: the brightest value of more than 8 bits is {brightest:g}, white "
+            f"level {white:g}, so pictures are {effect}; train with --white-level {fits}"
         )
 
 

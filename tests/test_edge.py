@@ -38,7 +38,7 @@ def frames(tiny):
 def test_files_say_what_they_are(edge):
     for name, precision in (("student.ts", "float32"), ("student.int8.ts", "int8")):
         metadata = load_exported(edge / name)[1]
-        assert metadata["precision"] == precision and metadata["good_class"] == "level"
+        assert metadata["precision"] == precision and metadata["good_classes"] == ["level"]
         assert metadata["weights_sha256"] == load_checkpoint(edge / "model.pt")["weights_sha256"]
         assert metadata["white_level"] == 65535
         point = metadata["operating_point"]
@@ -126,7 +126,7 @@ def test_another_target_needs_no_training(edge, tiny, tmp_path, monkeypatch, cap
     metadata = load_exported(tmp_path / "s" / "student.ts")[1]
     point = metadata["operating_point"]
     assert (point["goal"], point["target"]) == ("false_alarm", 0.2)
-    assert metadata["good_class"] == "cross"
+    assert metadata["good_classes"] == ["cross"]
     said = capsys.readouterr().out
     for name in ("student.ts", "student.int8.ts"):
         file = tmp_path / "s" / name
@@ -194,7 +194,7 @@ def test_a_rectangle_has_as_many_places_a_side_as_fit_its_shape(size, places, ho
 
     picture = np.zeros((*size, 3), np.uint8)
     picture[:12, -12:] = 255
-    heat = infer.occlusion_map(bright_above_right, picture, 0)
+    heat = infer.occlusion_map(bright_above_right, picture, [0])
     assert heat.shape == places and sum(judged) == 1 + heat.size
     assert np.unravel_index(heat.argmax(), heat.shape) == hottest
 
@@ -204,10 +204,10 @@ def test_heat_lies_where_covering_the_picture_weakens_the_likeliest_defect():
     picture[4:12, 52:60] = 255
     picture[52:60, 4:12] = 255
     student = bright_corner()
-    heat = infer.occlusion_map(student, picture, 0)
+    heat = infer.occlusion_map(student, picture, [0])
     assert student(picture).argmax() == 1 and heat.shape == (8, 8)
     above_right, below_left = (slice(0, 2), slice(6, 8)), (slice(6, 8), slice(0, 2))
     assert heat[above_right].max() > 0.9
     assert heat[4:].max() < 0.1  # class 2 is not the likeliest
-    heat = infer.occlusion_map(student, picture, 1)  # now it is the likeliest defect
+    heat = infer.occlusion_map(student, picture, [1])  # now it is the likeliest defect
     assert heat[below_left].max() > 0.9 and heat[:4, 4:].max() < 0.1

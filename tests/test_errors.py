@@ -22,6 +22,7 @@ from common.models import load_checkpoint, save_checkpoint
 
 TRAIN = ("--view-size", VIEW_SIZE, "--model", "test_resnet", "--steps", 2, *CPU)
 PARTS = ("--data-dir", "parts", *TRAIN)
+RESNET = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet", *CPU)
 
 
 @pytest.fixture
@@ -84,18 +85,19 @@ def test_a_folder_that_another_run_is_writing_to(refused, tmp_path):
 
 def test_model_names_and_weights(refused, tmp_path):
     def train(*words):
-        return refused(train_teacher, *PARTS, "--output", tmp_path / "out", *words)
+        pictures = ("--data-dir", "parts", "--view-size", VIEW_SIZE, *CPU)
+        return refused(train_teacher, *pictures, "--output", tmp_path / "out", "--model", *words)
 
-    file, two = tmp_path / "w.pt", ("--model", "test_vit", "test_resnet")
+    file, two = tmp_path / "w.pt", ("test_vit", "test_resnet")
     file.write_bytes(b"")
-    assert "does not load" in train("--weights", file)
+    assert "does not load" in train("test_resnet", "--weights", file)
     file.write_bytes(b"junk")
-    assert "near: resnet18" in train("--model", "resnet_18")
-    assert "no such file" in train("--weights", "none.pt")
-    assert "does not load" in train("--weights", file)
+    assert "near: resnet18" in train("resnet_18")
+    assert "no such file" in train("test_resnet", "--weights", "none.pt")
+    assert "does not load" in train("test_resnet", "--weights", file)
     assert "one for each" in train(*two, "--weights", file)
     assert "one for each" in train(*two, "--steps", 1, 2, 3)
-    assert "each name once" in train("--model", "test_vit", "test_vit")
+    assert "each name once" in train("test_vit", "test_vit")
 
     student = ("--weights", file, "--output", tmp_path / "out", *CPU)
     for content in (b"", b"junk"):
@@ -157,20 +159,22 @@ def test_a_finished_run_that_lost_its_last_pt_is_never_begun_anew_by_resume(refu
     folder.mkdir()
     shutil.copy("runs/test_resnet/model.pt", folder)
     before = (folder / "model.pt").read_bytes()
-    words = (*PARTS, "--steps", 160, "-b", 16, "--output", tmp_path)
+    begun = (*RESNET, "-b", 16, "--output", tmp_path)
+    words = (*begun, "--steps", 160)
     assert "holds a run already" in refused(train_teacher, *words)
     assert call(train_teacher.main, *words, "--resume") == 0  # nothing is left to do
     assert (folder / "model.pt").read_bytes() == before
-    assert "steps differs" in refused(train_teacher, *words, "--resume", "--steps", 300)
+    assert "steps differs" in refused(train_teacher, *begun, "--resume", "--steps", 300)
     (folder / "model.pt").rename(folder / "log.csv")  # neither of the two is left
     assert "neither last.pt" in refused(train_teacher, *words, "--resume")
     assert (folder / "log.csv").read_bytes() == before
 
 
 def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused, tmp_path):
-    words, folder = (*PARTS, "--output", tmp_path), tmp_path / "test_resnet"
+    begun, folder = (*RESNET, "--output", tmp_path), tmp_path / "test_resnet"
+    words = (*begun, "--steps", 2)
     assert call(train_teacher.main, *words) == 0
-    assert "steps differs" in refused(train_teacher, *words, "--resume", "--steps", 3)
+    assert "steps differs" in refused(train_teacher, *begun, "--resume", "--steps", 3)
     assert "lr differs" in refused(train_teacher, *words, "--resume", "--lr", 0.1)
     state = load_checkpoint(folder / "last.pt")
     (folder / "model.pt").unlink()
@@ -252,7 +256,7 @@ def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path, place):
 
     shutil.copytree("runs/test_resnet", tmp_path / "test_resnet")
     model, last = tmp_path / "test_resnet" / "model.pt", tmp_path / "test_resnet" / "last.pt"
-    words = (*PARTS, "--steps", 160, "-b", 16, "--output", tmp_path)
+    words = (*RESNET, "--steps", 160, "-b", 16, "--output", tmp_path)
     before = load_checkpoint(model)
     model.unlink()  # as after a kill between the two
     assert call(train_teacher.main, *words, "--resume") == 0
@@ -324,7 +328,8 @@ def test_models_and_test_sets_that_evaluate_cannot_use(refused, tmp_path):
     assert "give each test set once" in twice
     assert "--data-dir" in judge("runs/student/student.ts")
     assert not Path("data").exists()  # the embedded set is not drawn for it
-    assert "classes differs" in judge(student, "--test-dirs", fewer / "test")
+    (fewer / "test" / "level").rename(fewer / "test" / "bent")
+    assert "too many: bent" in judge(student, "--test-dirs", fewer / "test")
     (tmp_path / "bare").mkdir()
     assert "no test* folder" in judge(student, "--data-dir", tmp_path / "bare")
     (tmp_path / "flat").mkdir()

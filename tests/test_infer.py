@@ -144,7 +144,7 @@ def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):
 
 def test_a_score_that_is_no_number_is_rejected_and_a_tiny_one_is_not_lost():
     metadata = {"view_size": [2, 2], "white_level": 65535, "classes": ["bad", "good"],
-                "good_class": "good", "operating_point": {"threshold": 0.5}}
+                "good_classes": ["good"], "operating_point": {"threshold": 0.5}}
     frame = np.zeros((2, 2, 3), np.uint8)
 
     def verdict(*p, band=None):
@@ -339,7 +339,7 @@ def test_a_file_whose_size_is_final_before_its_pixels_is_judged_at_rest(monkeypa
 def test_looking_at_thousands_of_judged_pictures_takes_little_of_a_core(monkeypatch, tmp_path):
     for number in range(5000):
         (tmp_path / f"{number}.png").touch()
-    judged = {infer.key_of(path) for path in tmp_path.iterdir()}
+    judged = {infer.key_of(path, tmp_path) for path in tmp_path.iterdir()}
     slept = []
 
     def sleep(seconds):
@@ -445,6 +445,99 @@ def test_a_verdict_that_could_not_be_printed_is_printed_after_the_next_start(edg
     assert not judged(shots)
 
 
+def test_watch_goes_down_into_folders_and_leaves_out_what_systems_leave(edge, tiny, tmp_path):
+    source = sorted((tiny.data / "test" / "cross").iterdir())[0]
+    for name in ("2026-11-29/a.png", "2026-11-29/@eaDir/a.png", "b.png", ".tmp/c.png", "d.heic"):
+        (tmp_path / "shots" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "shots" / name)
+    watcher = start_watch(edge, tmp_path / "shots", stderr=subprocess.PIPE)
+    wait_until(lambda: len(names_judged(tmp_path / "shots")) == 2)
+    (tmp_path / "shots" / "2026-11-30").mkdir()
+    shutil.copy(source, tmp_path / "shots" / "2026-11-30" / "a.png")
+    wait_until(lambda: len(names_judged(tmp_path / "shots")) == 3)
+    stop(watcher)
+    names = sorted(names_judged(tmp_path / "shots"))
+    assert names == ["2026-11-29/a.png", "2026-11-30/a.png", "b.png"]
+    said = watcher.stderr.read()
+    assert said.count("left out") == 1 and "1 .heic" in said and "1 folder @eaDir" in said
+
+
+def test_a_passing_error_is_told_once_tried_again_and_not_recorded(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+    answers = iter([{"path": "a.png", "error": "Input/output error", "passing": True}] * 3
+                   + [{"path": "a.png", "class": "level"}])
+    told = []
+
+    def sleep(_):
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer.time, "sleep", sleep)
+    monkeypatch.setattr(infer, "AGAIN", 0)
+    with pytest.raises(KeyboardInterrupt):
+        infer.watch(tmp_path, lambda path: next(answers), told.append)
+    assert ["error" in verdict for verdict in told] == [True, False]
+    assert ["error" in verdict for verdict in judged(tmp_path)] == [False]
+
+
+def test_a_folder_that_cannot_be_searched_for_a_moment_is_searched_again(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a.png").write_bytes(b"x")
+    scan, looks = os.scandir, []
+
+    def fail_twice(folder):
+        looks.append(folder)
+        if len(looks) < 3:
+            raise OSError(5, "Input/output error", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", fail_twice)
+    path, _ = next(infer.arrivals(tmp_path, set()))
+    assert path == tmp_path / "a.png"
+    assert capsys.readouterr().err.count("Input/output error; looking again") == 1
+
+
+def test_what_is_around_a_picture_is_not_taken_for_the_picture(tmp_path, monkeypatch):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    metadata = {"view_size": [4, 4], "white_level": 65535, "classes": ["a", "b"],
+                "good_classes": [], "operating_point": None}
+    judge = infer.Judge(lambda pictures: np.array([[0.1, 0.9]], np.float32), metadata)
+    assert judge(tmp_path / "b.png")["passing"] is False
+    assert judge(tmp_path / "gone.png")["passing"] is True
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(infer, "decode", out_of_memory)
+    assert judge(tmp_path / "a.png")["passing"] is True
+
+
+def test_a_library_that_reads_no_picture_ends_it_before_any_is_judged(
+    edge, tiny, monkeypatch, infer_here
+):
+    def too_old(*_):
+        raise TypeError("exif_transpose() got an unexpected keyword argument 'in_place'")
+
+    monkeypatch.setattr(infer, "decode", too_old)
+    said = in_one_line(infer_here("--model", edge / "student.ts", tiny.data / "test"))
+    assert "Pillow" in said and "reads no picture here (exif_transpose()" in said
+    assert "the oldest that works is" in said
+
+
+def test_of_several_pages_a_line_says_which_is_judged(edge, tmp_path, infer_here):
+    page = Image.new("L", (40, 40))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page, page])
+    run = infer_here("--model", edge / "student.ts", tmp_path)
+    assert run.returncode == 0 and "a.tif: the first of several pages is judged" in run.stderr
+
+
+def test_heatmaps_inside_a_searched_folder_are_refused(edge, tiny, infer_here):
+    words = ("--model", edge / "student.ts", tiny.data, "--heatmap", tiny.data / "maps")
+    assert "among the pictures" in in_one_line(infer_here(*words))
+
+
 # --------------------------------------------------------------------------- the file of the model
 
 
@@ -466,6 +559,17 @@ def test_a_foreign_truncated_or_damaged_model_is_refused_in_one_line(
         load_exported(file)
 
 
+def test_a_whole_model_that_the_runtime_cannot_run_says_which_runtime(edge, monkeypatch):
+    def too_old(*_, **__):
+        raise RuntimeError("Unknown builtin op: aten::new\nmore lines")
+
+    monkeypatch.setattr(torch.jit, "load", too_old)
+    monkeypatch.setattr(infer, "first_working_engine", lambda load, frame: (load(), "x86"))
+    said = refusal(edge / "student.ts")
+    assert f"is whole, but torch {torch.__version__.split('+')[0]}" in said
+    assert "Unknown builtin op" in said and "oldest that works" in said
+
+
 def refusal(file, *more):
     """What infer.py's loading says of a file that it refuses, in one line."""
     with pytest.raises(infer.Refused) as refused:
@@ -484,10 +588,10 @@ class Foreign(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", [
     {}, {"schema": 1}, {"classes": ["a", "b"]}, {"classes": 3}, {"classes": [1, 2, 3]},
-    {"good_class": "none"}, {"good_class": ["level"]}, {"view_size": "64"}, {"view_size": 64},
+    {"good_classes": ["none"]}, {"good_classes": "level"}, {"view_size": "64"}, {"view_size": 64},
     {"view_size": [10**9] * 2}, {"view_size": [64]},
     {"white_level": None}, {"white_level": 0}, {"precision": []}, {"operating_point": [1]},
-    {"operating_point": {"threshold": "0.5"}}, {"good_class": None},
+    {"operating_point": {"threshold": "0.5"}}, {"good_classes": None},
     "[]", "{}", "null", "no JSON", "[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, None,
 ], ids=lambda change: str(change)[:40])
 def test_torchscript_with_other_metadata_is_refused_in_one_line(edge, tmp_path, change):

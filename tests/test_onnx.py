@@ -71,7 +71,7 @@ def test_both_formats_see_the_same_evidence(edge, tiny):
         for file in (edge / name, edge / twin):
             student, metadata = infer.load_student(file)
             good = metadata["classes"].index("level")
-            maps.append(infer.occlusion_map(student, infer.resize(picture, SIZE), good))
+            maps.append(infer.occlusion_map(student, infer.resize(picture, SIZE), [good]))
         assert maps[0].max() > 0.2 and np.abs(maps[0] - maps[1]).max() < allowed
 
 
@@ -140,7 +140,7 @@ def test_cut_flipped_and_foreign_files_are_refused_in_one_line(edge, tmp_path):
     wrong = onnx.load_from_string(whole)
     for entry in wrong.metadata_props:
         if entry.key == "metadata.json":
-            entry.value = entry.value.replace('"schema": 6', '"schema": 5')
+            entry.value = entry.value.replace('"schema": 7', '"schema": 6')
     foreign = {
         "cut": whole[:-1000], "flipped": bytes(flipped), "empty": b"", "text": b"no" * 99,
         "unchecked": bare.SerializeToString(),

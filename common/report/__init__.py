@@ -20,6 +20,7 @@ from infer import LARGEST, OPACITY, RED, occlusion_map
 FILES = ("report.html", "metrics.json", "predictions.csv")
 KINDS = ("exported", "student", "ensemble", "teacher")  # of models; the page is about the first
 SHOWN = 12  # pictures of each kind
+MANY = 30  # classes from which on a confusion matrix gives way to a list of as many
 NEAR = 0.8  # share of the best model's way up from chance that makes a shortcut a warning
 
 
@@ -155,17 +156,37 @@ def details(summary, answers, pictures, shown):
         curves = [charts.reliability(p, labels)]
         point = model["sets"][name].get("operating_point")
         if point:
-            good = summary["classes"].index(model["good_class"])
-            scores = metrics.defect_scores(p, good)
-            curves.append(charts.operating_curve(scores, labels != good, point))
+            good = metrics.numbers_of(model["good_classes"], summary["classes"])
+            scores, defective = metrics.defect_scores(p, good), ~np.isin(labels, good)
+            if defective.any() and not defective.all():
+                curves.append(charts.operating_curve(scores, defective, point))
         wrong = np.flatnonzero(p.argmax(1) != labels)
         wrong = wrong[np.argsort(p[wrong, labels[wrong]])]
         mistakes = [
             {"row": i, "label": labels[i], "decision": p[i].argmax(), "probability": p[i].max(),
              "picture": each.path(i)} for i in wrong[:SHOWN]
         ]
-        by_set[name] = {"curves": curves, "wrong": len(wrong), "mistakes": mistakes}
+        worst = worst_classes(model["sets"][name]["confusion_matrix"])
+        by_set[name] = {"curves": curves, "wrong": len(wrong), "mistakes": mistakes, "worst": worst}
     return by_set
+
+
+def worst_classes(matrix):
+    """The classes with the lowest recall, where there are too many for a confusion matrix; else [].
+
+    matrix: [K][K], rows are true classes. Each as a dict: number, n, right, and taken_for, up to
+    three pairs (class, count).
+    """
+    if len(matrix) <= MANY:
+        return []
+    rows = []
+    for number, counts in enumerate(matrix):
+        others = sorted(((n, k) for k, n in enumerate(counts) if n and k != number), reverse=True)
+        taken_for = [(k, n) for n, k in others[:3]]
+        rows.append({"number": number, "n": sum(counts), "right": counts[number],
+                     "taken_for": taken_for})
+    present = [row for row in rows if row["n"]]
+    return sorted(present, key=lambda row: row["right"] / row["n"])[:MANY]
 
 
 def occlusion(path, model):
@@ -173,7 +194,7 @@ def occlusion(path, model):
     if model["kind"] != "exported":
         return None
     network, metadata = export.load_exported(path)
-    good = metadata["classes"].index(model["good_class"]) if model["good_class"] else None
+    good = metrics.numbers_of(metadata["good_classes"], metadata["classes"])
 
     def student(frames):
         return network(torch.from_numpy(frames)).numpy()

@@ -71,7 +71,7 @@ def write_files(student, folder, onnx):
     about = {
         "schema": export.SCHEMA,
         "classes": [str(k) for k in range(CLASSES)],
-        "good_class": None,
+        "good_classes": [],
         "operating_point": None,
         "view_size": student.img_size,
         "white_level": 65535,

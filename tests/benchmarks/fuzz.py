@@ -283,7 +283,7 @@ def make_files():
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     deployed = export.Deployed(network, trunk, view_size=VIEW_SIZE)
     metadata = {
-        "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_class": "good",
+        "schema": export.SCHEMA, "classes": ["good", "hole", "scratch"], "good_classes": ["good"],
         "view_size": VIEW_SIZE, "img_size": VIEW_SIZE, "white_level": WHITE_LEVEL,
         "precision": "float32",
         "operating_point": {"threshold": 0.5, "target": {"max_miss_rate": 0.05}},

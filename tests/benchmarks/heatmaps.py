@@ -21,6 +21,7 @@ from common import cli
 from common.fasteners import CLASSES
 from common.fasteners.drawing import draw
 from common.files import px
+from common.metrics import numbers_of
 from infer import OPACITY, RED, load_student, occlusion_map, resize
 
 SEED, SPLIT = 77, 0
@@ -64,8 +65,7 @@ def overlay(picture, evidence, side):
 
 def named_parts(student, metadata, name, count):
     """[(picture, evidence, defect)] of the parts of a class that the student names."""
-    parts, good = [], metadata["good_class"]
-    good = metadata["classes"].index(good) if good else None
+    parts, good = [], numbers_of(metadata["good_classes"], metadata["classes"])
     for number in range(count):
         picture, defect = draw_twins(name, number)
         said = metadata["classes"][int(student(picture).argmax())]
