@@ -5,9 +5,10 @@
 
 Needs numpy, Pillow and torch, or for an .onnx file onnxruntime in its place; --watch filelock, too.
 Prints a line per picture: path, class, probability, and PASS, REJECT or REVIEW where the file holds
-a threshold on the defect score, the probability of all classes but the good one; odd characters are
-escaped as in Python strings. Exit status 2: nothing could be done, 1: some pictures are unreadable.
-A .ts file is a program, and loading it runs it: load only files you trust; --sha256 refuses others.
+a threshold on the defect score, the probability of all classes but the good ones; odd characters
+are escaped as in Python strings. Exit status 2: nothing could be done, 1: some pictures were
+unreadable. A .ts file is a program, and loading it runs it: load only files you trust; --sha256
+refuses others.
 """
 
 import csv
@@ -94,15 +95,9 @@ def decode(content, white_level=65535):
         for top in range(0, image.height, BAND):  # converted whole, it would take twice the memory
             rows = picture[top:top + BAND]
             box = (0, top, image.width, top + len(rows))
-            band = image.crop(box)
-            values = None
-            if is_deep(band):  # convert("RGB") would clip at 255
-                values = np.nan_to_num(np.asarray(band, dtype=np.float32))[..., None]
-            elif low:
-                values = 256 * np.asarray(band.convert("RGB"), dtype=np.float32)
-                values += np.asarray(low.crop(box).convert("RGB"))
+            values = deep_values(image.crop(box), low and low.crop(box))
             if values is None:
-                rows[:] = np.asarray(band.convert("RGB"))
+                rows[:] = np.asarray(image.crop(box).convert("RGB"))
             else:
                 brightest = max(float(values.max()), brightest or 0.0)
                 rows[:] = (values / (white_level / 255)).clip(0, 255).astype(np.uint8)
@@ -131,6 +126,16 @@ def refuse_huge(image, content):
         raise ValueError(f"{width} x {height} pixels in {size} bytes, as no camera writes them")
     if "progressive" in image.info and content.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes minutes")
+
+
+def deep_values(image, low):
+    """float32 [H, W, 1 or 3] of a PIL image of more than 8 bits, else None; low: of `low_bytes`."""
+    if is_deep(image):  # convert("RGB") would clip at 255
+        return np.nan_to_num(np.asarray(image, dtype=np.float32))[..., None]
+    if low:
+        high = np.asarray(image.convert("RGB"), dtype=np.float32)
+        return 256 * high + np.asarray(low.convert("RGB"))
+    return None
 
 
 def low_bytes(image, content):
