@@ -568,7 +568,7 @@ def run():
     form.add_argument("--json", action="store_true", help="an object per line, all probabilities")
     form.add_argument("--csv", action="store_true", help="comma-separated, with a header")
     add("--heatmap", metavar="DIR", help="draw what does not pass, red over what speaks for it")
-    add("--watch", metavar="DIR", help="judge what arrives, each once (judged.jsonl)")
+    add("--watch", metavar="DIR", help="judge what arrives below it, each once (judged.jsonl)")
     add("--review-band", nargs=2, type=float, metavar=("LOW", "HIGH"), help="scores of a REVIEW")
     add("--threads", type=int, choices=range(1, 257), metavar="N", help="CPU threads")
     add("--info", action="store_true", help="print what the file says about itself")

@@ -48,8 +48,8 @@ LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thum
 def parse_arguments():
     p = cli.parser(__doc__)
     p.add_argument("--data-dir", default=folders.EMBEDDED,
-                   help="folder with train/ and optionally val/ and test*/ (default: %(default)s, "
-                   "drawn on first use)")
+                   help="folder with train/ and optionally val/, test*/ and unlabelled/ (default: "
+                   "%(default)s, drawn on first use)")
     p.add_argument("--model", nargs="+", action=cli.Once, default=list(EMBEDDED_STEPS),
                    metavar="NAME",
                    help="timm classifiers, trained one after the other "
@@ -58,7 +58,7 @@ def parse_arguments():
     start.add_argument("--pretrained", action="store_true",
                        help="start from timm's weights (needs a network once)")
     start.add_argument("--weights", nargs="+", action="extend", metavar="FILE",
-                       help="start from weight files, one per --model")
+                       help="start from weight files in timm's names or model.pt, one per --model")
     p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
                    help="models of --model that keep their weights: only the new head is trained, "
                    "in a third of the time")
@@ -85,10 +85,11 @@ def parse_arguments():
     g.add_argument("--val-fraction", type=cli.open_fraction, default=0.2,
                    help="share of train/ held out where there is no val/ (default: %(default)s)")
     g.add_argument("--group-regex", type=regex,
-                   help="pictures whose path gives the same first match group stay on one side")
+                   help="pictures whose path gives the same first match group show one part, and "
+                   "stay on one side; train/ may not share parts with val/ and test*/")
     g.add_argument("--white-level", type=cli.positive_int, default=WHITE_LEVEL,
-                   help="value of a 16-bit grey picture that is white; 4095 for a 12-bit camera "
-                   "(default: %(default)s)")
+                   help="value that is white where pictures have more than 8 bits; 4095 for a "
+                   "12-bit camera, 1 for fractions (default: %(default)s)")
     cli.add_leak_flags(g)
     cli.add_training_flags(p, None, f"(default: {LR:g}; {EMBEDDED_LR:g} for the embedded set)")
     cli.add_common_flags(p)
