@@ -7,7 +7,7 @@
     torchrun --standalone --nproc-per-node 4 train_teacher.py -b 96  # a process per GPU
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where it exists (else part of train is held out)
-Writes  runs/<model>/model.pt  EMA weights, once all steps are done
+Writes  runs/<model>/model.pt  the weights, once all steps are done
         runs/<model>/last.pt   all that --resume needs
         runs/<model>/log.csv   the training curve
 Next    build_ensemble.py

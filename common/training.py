@@ -1,4 +1,4 @@
-"""What both trainings call: optimiser, schedule, EMA, the next batch, validation, resuming.
+"""What both trainings call: optimiser, schedule, the next batch, validation, resuming.
 
 The loop itself is in the scripts.
 """
@@ -12,7 +12,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from common import distributed
@@ -21,10 +20,9 @@ from common.metrics import score
 from common.models import load_checkpoint, precision, predict, save_checkpoint, weights_sha256
 
 WARMUP = 0.1  # share of all steps with rising learning rate
-EMA_DECAY = 0.998  # per step; below 11,180 steps timm's warm-up, 1 - step^(-2/3), stays under it
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
-ONLY_TO_RESUME = ("raw_state_dict", "optimizer", "scaler")
+ONLY_TO_RESUME = ("optimizer", "scaler")
 WRITTEN = ("last.pt", "model.pt", "log.csv", *EXPORTED)
 # Flags that a resumed run may change: they do not decide what a training computes, or what they
 # decide is compared by itself.
@@ -92,7 +90,7 @@ def batch_of_step(step, count, batch_size, seed):
 class Run:
     """One training run: everything that changes with a step, and the files it leaves.
 
-    last.pt holds all that resuming needs, model.pt, written once at the end, the EMA weights, and
+    last.pt holds all that resuming needs, model.pt, written once at the end, the weights, and
     log.csv the training curve. A resumed run ends with the same weights on a CPU, since the random
     numbers of every tenth of it begin anew from seed and step.
     """
@@ -117,7 +115,6 @@ class Run:
         )
         half = precision(self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.ema = ModelEmaV3(model, decay=EMA_DECAY, use_warmup=True)
         self.steps_done, self.history, self.losses = 0, [], []
 
     def __str__(self):
@@ -157,8 +154,7 @@ class Run:
         self.steps_done, self.history = state["steps"], state["history"]
         if finished:
             return
-        self.model.load_state_dict(state["raw_state_dict"])
-        self.ema.module.load_state_dict(state["state_dict"])
+        self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where it was not in use
             self.scaler.load_state_dict(state["scaler"])
@@ -203,7 +199,7 @@ class Run:
         self.losses = []
 
     def step(self, loss):
-        """Backward, gradient clipping, optimiser, and EMA. loss: a scalar tensor."""
+        """Backward, gradient clipping and optimiser. loss: a scalar tensor."""
         self.scheduler.step_update(self.steps_done)
         self.scaler.scale(loss).backward()
         if self.schedule.clip_grad:
@@ -212,7 +208,6 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.model, step=self.steps_done)
         self.losses.append(loss.detach())
         self.steps_done += 1
         self.bar.update()
@@ -239,14 +234,14 @@ class Run:
         return (self.steps_done - 1) * SAVES // steps < self.steps_done * SAVES // steps
 
     def validate(self, val):
-        """Ten times a run: score the EMA weights on val, log a line, write last.pt and model.pt.
+        """Ten times a run: score the model on val, log a line, write last.pt and model.pt.
 
         val: `Pictures`. Raises UserError when a loss or what the model says of val is not finite.
         """
         self.require_finite()
         loss = float(distributed.mean(torch.stack(self.losses).mean()))
         if distributed.rank() == 0:
-            logits = predict(self.ema.module, val, self.device)
+            logits = predict(self.model.eval(), val, self.device)
             if not logits.isfinite().all():
                 raise UserError(
                     f"{self.folder}: after step {self.steps_done} the model's logits are not "
@@ -286,16 +281,15 @@ class Run:
 
     def write(self, metrics):
         """Write last.pt, and what `write_rest` adds to it."""
-        ema = {name: tensor.detach().cpu() for name, tensor in self.ema.module.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         state = {
             **self.header,
             "schedule": asdict(self.schedule),
             "steps": self.steps_done,
             "metrics": metrics,
             "history": self.history,
-            "weights_sha256": weights_sha256(ema),
-            "state_dict": ema,
-            "raw_state_dict": self.model.state_dict(),
+            "weights_sha256": weights_sha256(weights),
+            "state_dict": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
