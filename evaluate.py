@@ -40,8 +40,8 @@ def parse_arguments():
                    "for the exported files of a stand-alone student)")
     p.add_argument("--baseline", metavar="MODEL", help="model that all others are compared with")
     p.add_argument("--data-dir",
-                   help="its test* folders are the test sets (default: where the first model found "
-                   "its pictures; an exported file does not say)")
+                   help="its test* folders are the test sets, its other ones are audited (default: "
+                   "where the first model found its pictures; an exported file does not say)")
     p.add_argument("--test-dirs", nargs="+", action="extend", metavar="DIR",
                    help="test sets by name, instead of --data-dir's")
     p.add_argument("--skip-audit", action="store_true",
@@ -83,8 +83,7 @@ def evaluate(args):
     audited, findings, lines = {}, None, []
     if not args.skip_audit:
         specs = [model.header for model in tested.values() if model.kind == "ensemble"]
-        moved_to = None if args.test_dirs else args.data_dir
-        audited = audit.open_training_sets(cache, dataset, specs, moved_to)
+        audited = audit.open_training_sets(cache, dataset, specs, args.data_dir)
     if audited:
         audited |= pictures
         findings = audit.audit(audited, cli.CACHE)

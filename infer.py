@@ -561,7 +561,7 @@ def run():
     """The program; returns its exit status."""
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("pictures", nargs="*", default=["data/fasteners/test"], help="files, patterns or folders")
+    add("pictures", nargs="*", help="files, patterns or folders (default: data/fasteners/test)")
     add("--model", default="runs/student/student.ts", help="a .ts or .onnx of distill.py")
     add("--sha256", metavar="HEX", help="refuse a model with another sha256")
     form = p.add_mutually_exclusive_group()
@@ -578,7 +578,10 @@ def run():
         p.error("--review-band: wants 0 <= LOW <= HIGH <= 1")
     if args.watch and not Path(args.watch).is_dir():
         raise Refused(f"--watch {args.watch}: no such folder")
-    searched = [args.watch] if args.watch else list(filter(os.path.isdir, args.pictures))
+    if args.watch and args.pictures:
+        p.error("--watch DIR judges what is below it; give no other pictures")
+    names = args.pictures or ["data/fasteners/test"]
+    searched = [args.watch] if args.watch else list(filter(os.path.isdir, names))
     for folder in searched if args.heatmap else ():
         if Path(args.heatmap).resolve().is_relative_to(Path(folder).resolve()):
             raise Refused(f"--heatmap {args.heatmap}: among the pictures of {folder}; name a "
@@ -604,9 +607,9 @@ def run():
         print(*FIELDS, sep=",")
     if args.watch:
         watch(args.watch, judge, report)
-    paths = list(list_pictures(args.pictures))
+    paths = list(list_pictures(names))
     if not paths:
-        raise Refused(f"no pictures in {', '.join(args.pictures)}")
+        raise Refused(f"no pictures in {', '.join(names)}")
     return int(max([report(judge(path)) for path in paths]))  # 1 where some could not be read
 
 

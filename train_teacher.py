@@ -39,6 +39,7 @@ LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a
 FROZEN_LR = 3e-3  # of a head alone
 EMBEDDED_STEPS = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # a few minutes
 EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes on two cores
+VAL_FRACTION = 0.2
 AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default view size
 OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
 STRIDE = 32  # px of a picture for one of a network's last features
@@ -82,8 +83,9 @@ def parse_arguments():
                    "what is like it for a model that does not take it)")
     g.add_argument("--view-recipe", nargs="+", action="extend", default=[], metavar="NAME=NUMBER",
                    help="change the augmentation, as in rotate=10 flip=0 (see common/views.py)")
-    g.add_argument("--val-fraction", type=cli.open_fraction, default=0.2,
-                   help="share of train/ held out where there is no val/ (default: %(default)s)")
+    g.add_argument("--val-fraction", type=cli.open_fraction,
+                   help="share of train/ held out where there is no val/ "
+                   f"(default: {VAL_FRACTION})")
     g.add_argument("--group-regex", type=regex,
                    help="pictures whose path gives the same first match group show one part, and "
                    "stay on one side; train/ may not share parts with val/ and test*/")
@@ -216,7 +218,7 @@ def open_pictures(folder, view_size, args):
         "dir": folder.as_posix(),
         "view_size": view_size,
         "white_level": args.white_level,
-        "val_fraction": args.val_fraction,
+        "val_fraction": args.val_fraction or VAL_FRACTION,
         "group_regex": args.group_regex,
         "dropped": [],
     })
@@ -224,6 +226,8 @@ def open_pictures(folder, view_size, args):
     dropped = splits.leaked_paths(train + val, tests, "training", *leaks)
     parts = train + val, tests
     if not dataset["held_out"]:  # there is a val/
+        if args.val_fraction:
+            print("--val-fraction is not used, since there is a val/")
         parts = train, [val, *tests]
         dropped += repeated_in_val(cache, train, val, dataset, args.drop_leaks)
     dropped += splits.paths_of_split_parts(*parts, args.group_regex, *leaks)

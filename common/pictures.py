@@ -231,6 +231,8 @@ def lines_about(folder, index):
             "that is no thumbnail is used"
         )
     brightest, white = index["brightest"], index["white_level"]
+    if brightest is None and white != WHITE_LEVEL:
+        yield f"{folder}: --white-level {white} is not used, since no value has more than 8 bits"
     if not brightest or white / 3 < brightest <= white:
         return
     fits = next((scale for scale in FULL_SCALES if brightest <= scale), math.ceil(brightest))

@@ -199,10 +199,13 @@ def paths_of_split_parts(pictures, others, pattern, drop, allow):
     if pattern is None:
         return []
 
+    def below(each):
+        return [path.split("/", 1)[1] for path in each.paths()]
+
     def names(each):
-        below = [path.split("/", 1)[1] for path in each.paths()]
-        matches = [re.search(pattern, path) for path in below]
+        matches = [re.search(pattern, path) for path in below(each)]
         return [[match.group(1)] if match and match.group(1) else [] for match in matches]
+    validation.groups_of(below(pictures), pattern)  # refuses a pattern that matches nothing
     said = "training pictures show parts that test or validation pictures show, by --group-regex"
     return leaks_left_out(shared(pictures, others, names), said, drop, allow)
 

@@ -230,3 +230,10 @@ def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd)
     assert "1 of 60 pictures of test are byte for byte in unlabelled" in printed
     # A test set of that name does not take the place of the training pictures.
     assert "57 of 72 pictures of parts/train are byte for byte in train" in printed
+
+
+def test_one_line_names_three_of_hundreds_of_classes():
+    findings = {"view_size": [128, 128], "copies": [], "conflicts": [], "groups": None,
+                "sizes": {}, "shortcuts": {}, "per_class": {"test": [5] * 300}}
+    (line,) = audit_lines(findings, [f"class {k}" for k in range(300)])
+    assert "class 0 (5), class 1 (5), class 2 (5) and 297 more" in line

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from conftest import CPU, call, make_set
 from PIL import Image
@@ -156,3 +157,14 @@ def test_val_and_test_differ_only_beyond_both_intervals():
     (found,) = report.untold_by_validation({"a": few, "b": easy})
     assert (found["differ"], found["models"], found["model"]) == (1, 2, "b")
     assert report.untold_by_validation({"a": few}) == []
+
+
+def test_with_many_classes_a_list_of_the_worst_takes_the_matrix_s_place():
+    few, many = 30, 300
+    assert report.worst_classes(np.eye(few, dtype=int).tolist()) == []
+    matrix = 9 * np.eye(many, dtype=int)
+    matrix[7, [7, 8, 9, 10, 11]] = 1, 4, 3, 2, 1
+    matrix[5] = 0  # no pictures of it
+    rows = report.worst_classes(matrix.tolist())
+    assert len(rows) == report.MANY and 5 not in [row["number"] for row in rows]
+    assert rows[0] == {"number": 7, "n": 11, "right": 1, "taken_for": [(8, 4), (9, 3), (10, 2)]}

@@ -287,6 +287,19 @@ def test_parts_that_stand_on_two_sides_stop_training_or_are_dropped(train, tmp_p
 # ------------------------------------------------------------------------------ flags and weights
 
 
+def test_flags_that_nothing_is_done_with_are_named(train, tmp_path, monkeypatch, capfd):
+    parts = make_set(tmp_path / "parts", {"train": 6, "val": 3})
+    status, said, _ = train(parts, "--val-fraction", 0.3, "--white-level", 4095)
+    assert status == 0 and "--val-fraction is not used, since there is a val/" in said
+    assert "train: --white-level 4095 is not used" in said
+    status, _, error = train(parts, "--group-regex", r"nowhere_(\d+)", "--overwrite")
+    assert status == 2 and "matches no path" in error
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--watch", str(parts), "a.png"])
+    with pytest.raises(SystemExit):
+        infer.run()
+    assert "give no other pictures" in capfd.readouterr().err
+
+
 def test_a_list_flag_given_twice_is_extended_or_refused(monkeypatch, capsys):
     def parse(*words):
         monkeypatch.setattr(sys, "argv", ["train_teacher.py", *words])
