@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_set
 from PIL import Image
+from test_situations import png_of_16_bits, tiff_of_16_bits
 
 import infer
 from common import folders
@@ -94,6 +95,8 @@ def test_damaged_pictures_of_every_kind_raise_an_exception_or_are_read_within_a_
         ]
     ]
     whole.append(encoded(Image.fromarray(np.arange(3072, dtype=np.uint16).reshape(48, 64)), "PNG"))
+    deep = rng.integers(0, 4096, (48, 64, 3)).astype(np.uint16)
+    whole += [png_of_16_bits(deep), tiff_of_16_bits(deep, "<"), tiff_of_16_bits(deep, ">")]
     readable = 0
     for number in range(40 * len(whole)):
         data = bytearray(whole[number % len(whole)])

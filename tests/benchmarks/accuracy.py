@@ -41,7 +41,7 @@ from PIL import Image
 
 from common import cli
 from common.files import UserError, load_json
-from common.splits import EMBEDDED, data_folder
+from common.folders import EMBEDDED, data_folder
 
 TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
 FIELDS = (

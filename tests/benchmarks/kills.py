@@ -177,10 +177,8 @@ def trained(folder):
     files = {}
     for name in ("model.pt", "last.pt"):
         state = load_checkpoint(folder / name)
-        raw = state.get("raw_state_dict", {})
         files[f"{folder.name}/{name}"] = [
             state["weights_sha256"],
-            {key: tensor.tolist() for key, tensor in raw.items()},
             without_measured({key: state[key] for key in ("steps", "metrics", "history")}),
         ]
     rows = (folder / "log.csv").read_text().splitlines()

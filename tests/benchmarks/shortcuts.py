@@ -16,7 +16,7 @@ from common.audit.shortcuts import ridge
 from common.fasteners import CLASSES
 from common.fasteners.dataset import SEED
 from common.fasteners.drawing import draw
-from common.splits import EMBEDDED, data_folder
+from common.folders import EMBEDDED, data_folder
 
 TESTS = ("test", "test_shifted")
 SPLIT = 99  # of the pictures drawn here: none of the embedded set's

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import cli
 from common.files import UserError
-from common.splits import EMBEDDED, class_folders, data_folder, test_folders
+from common.folders import EMBEDDED, class_folders, data_folder, test_folders
 from infer import Judge, load_student, occlusion_map, read_picture, resize
 
 SIDE, GAP, MARGIN = 160, 12, 8  # px of a picture, between columns, around all
@@ -81,7 +81,7 @@ def main():
     if not metadata["operating_point"]:
         raise UserError(f"{args.model}: holds no threshold, so there are no verdicts")
     folders = test_folders(data_folder(EMBEDDED))
-    classes = class_folders(folders[0])
+    classes = list(class_folders(folders[0]).values())
     if classes != metadata["classes"]:
         raise UserError(f"{args.model}: not a student of the embedded set")
 
