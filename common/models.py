@@ -5,6 +5,7 @@ code: only plain data is stored, and `weights_only=True` reads it.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from contextlib import suppress
 
@@ -19,6 +20,7 @@ from torch import nn
 from common.files import UserError, check_checksum, checksummed, first_line, px, versions
 
 SCHEMA = 7
+logging.getLogger("timm").setLevel(logging.ERROR)  # what does not load is told in one line here
 # Where a student may start: accuracy on ImageNet 69.8 and 71.5 %, as both projects state it.
 RESNET18 = {"torchvision": "resnet18-f37072fd.pth", "timm": "resnet18.a1_in1k"}
 

@@ -227,8 +227,8 @@ def lines_about(folder, index):
     """What is worth a word about the decoded pictures of a folder."""
     if index["of_several_pages"]:
         yield (
-            f"{folder}: {index['of_several_pages']} files hold several pages, of which the first "
-            "that is no thumbnail is used"
+            f"{folder}: files with several pages: {index['of_several_pages']}; of each the first "
+            "page that is no thumbnail is used"
         )
     brightest, white = index["brightest"], index["white_level"]
     if brightest is None and white != WHITE_LEVEL:

@@ -159,7 +159,7 @@ def test_of_several_pages_the_first_that_is_no_thumbnail_is_read_and_counted(
     large.save(tmp_path / "pages" / "three.gif", save_all=True, append_images=[dark])
     assert infer.decode((tmp_path / "pages" / "three.gif").read_bytes())[0].min() > 150
     cache.open(tmp_path / "pages", [40, 40])
-    assert "2 files hold several pages" in capsys.readouterr().out
+    assert "files with several pages: 2;" in capsys.readouterr().out
 
 
 def test_a_png_with_megabytes_of_text_is_read():
