@@ -473,10 +473,11 @@ def show(verdict, as_json, as_csv):
 
 
 def watch(folder, judge, report):
-    """Judge what arrives in `folder`, each picture once, across restarts, kills and full disks.
+    """Judge what arrives below `folder`, each picture once, across restarts, kills and full disks.
 
     judged.jsonl gets a line per picture, after its heatmap and before its report; where one of the
-    three cannot be written, the picture counts as not judged.
+    three cannot be written, the picture counts as not judged. One that is moved to another folder
+    is another one.
     """
     try:
         from filelock import FileLock, Timeout
