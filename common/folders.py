@@ -60,8 +60,9 @@ def is_embedded(folder):
 
 
 def folders_in(folder):
-    """The folders in a folder but the hidden ones, sorted."""
-    return sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    """The folders in a folder but the hidden ones, sorted; none where there is no such folder."""
+    inside = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return sorted(path for path in inside if path.is_dir() and not path.name.startswith("."))
 
 
 def is_read(name):
