@@ -32,7 +32,7 @@ from common.ensemble import (
 from common.files import UserError, px, require_same, save_json, versions
 from common.losses import fit_temperature, fit_weights, product_of_experts
 from common.metrics import score
-from common.views import ViewRecipe, render
+from common.views import ViewRecipe, render, render_mixed
 
 # Stored by default: about what 400 steps of 24 see once. Labelled pictures alone are few, and a
 # student that sees the same views of them again learns them by heart.
@@ -72,6 +72,7 @@ def parse_arguments():
                    help="the pictures' folder (default: where the teachers found them)")
     g.add_argument("--view-recipe", nargs="+", default=[], metavar="NAME=NUMBER",
                    help="change the views from those the first teacher saw, as in zoom_min=0.6")
+    g.add_argument("--mixup", action="store_true", help="trial: each view is mixed with another")
     cli.add_leak_flags(g)
     cli.add_common_flags(p)
     return p.parse_args()
@@ -270,7 +271,11 @@ def store_views(missing, teachers, pictures, recipe, spec, args):
             logits = np.zeros(shape, np.float32)
             for indices in batches:
                 batch = pictures.batch(indices, device)
-                pixels = render(batch, indices, np.full(len(indices), view), spec["seed"], recipe)
+                of_view = np.full(len(indices), view)
+                if args.mixup and view:
+                    pixels = render_mixed(pictures, batch, indices, of_view, spec["seed"], recipe)
+                else:
+                    pixels = render(batch, indices, of_view, spec["seed"], recipe)
                 logits[:, indices] = teacher_logits(teachers, pixels)
                 bar.update(len(indices))
             distributed.reduce(logits)

@@ -31,7 +31,7 @@ from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates
-from common.views import ViewRecipe, render
+from common.views import ViewRecipe, render, render_mixed
 
 STEPS, EMBEDDED_STEPS = 1000, 552  # the embedded set's chain ends in a few minutes
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
@@ -46,6 +46,12 @@ def parse_arguments():
                    "(default: %(default)s)")
     p.add_argument("--temperature", type=cli.positive_float, default=2.0,
                    help="T that softens teachers and student in the loss (default: %(default)s)")
+    p.add_argument("--labels-last", type=cli.fraction, default=0.0, metavar="SHARE",
+                   help="of the steps, over which alpha falls to 0 (default: %(default)s)")
+    p.add_argument("--embedding", metavar="FILE",
+                   help="a transformer's model.pt whose embedding the student matches first")
+    p.add_argument("--embedding-share", type=cli.fraction, default=0.5, metavar="SHARE",
+                   help="of the steps, for which it does (default: %(default)s)")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--pretrained", nargs="?", choices=models.RESNET18, const="torchvision",
                        help="start from ImageNet weights of torchvision (the default) or timm "
@@ -56,6 +62,8 @@ def parse_arguments():
                    help=f"batches to train on (default: {STEPS}; {EMBEDDED_STEPS} for the embedded "
                    "set)")
     p.add_argument("--epochs", type=cli.positive_int, nargs=1, help=argparse.SUPPRESS)
+    p.add_argument("--mixup", action="store_true", help="trial: as the ensemble was built with")
+    p.add_argument("--constant-lr", action="store_true", help="trial: no cosine, EMA alone")
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation and order; the views are the ensemble's "
                    "(default: %(default)s)")
@@ -138,23 +146,38 @@ def distil(output, onnx, args):
         "args": vars(args),
         "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
     })
+    if args.constant_lr:
+        run.scheduler.lr_min = args.lr
     run.start(args.resume)
     taught = lesson(labelled, everything, cache, args)
     print(f"resnet18 at {px(model.img_size)}: {taught}, {run}")
 
     alpha, T = args.alpha, args.temperature
     stored_views = cache.views if cache else None
+    matched = Embedding(args.embedding, model, device) if args.embedding else None
     for indices, views, batch in run.batches(pictures, args.batch_size, stored_views):
-        pixels = render(batch, indices, views, spec["seed"], recipe)
+        if args.mixup:
+            pixels = render_mixed(pictures, batch, indices, views, spec["seed"], recipe)
+        else:
+            pixels = render(batch, indices, views, spec["seed"], recipe)
         labels = pictures.labels[indices].to(device, non_blocking=True)
 
         with models.autocast(device):
             logits = run.network(pixels)
         logits = logits.float()
+        if matched and run.steps_done < args.embedding_share * steps:
+            run.step(matched.distance(pixels) + 0 * logits.sum())
+            matched.step()
+            if run.due:
+                run.validate(val)
+            continue
         loss = labelled_cross_entropy(logits, labels, weights)
         if cache:
             q = cache.targets(views, indices, T)  # of these very pixels
             q = q.to(device, non_blocking=True)
+            if args.labels_last:
+                left = 1 - run.steps_done / steps
+                alpha = args.alpha * min(1.0, left / args.labels_last)
             loss = (1 - alpha) * distributed.label_weight(labels) * loss
             loss = loss + alpha * T**2 * soft_divergence(q, logits / T)
         run.step(loss)
@@ -165,6 +188,36 @@ def distil(output, onnx, args):
     if distributed.rank() == 0:
         export_student(output, everything, val, spec, onnx, args)
     cli.lap("export")
+
+
+class Embedding:
+    """How far the student's features, through a linear layer, are from a transformer's."""
+
+    def __init__(self, path, model, device):
+        self.teacher = models.load_model(path, device)[0].requires_grad_(False)
+        width = self.teacher.backbone.num_features
+        self.layer = torch.nn.Linear(model.backbone.fc.in_features, width, device=device)
+        self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=1e-3)
+        model.backbone.fc.register_forward_pre_hook(self.keep)
+
+    def keep(self, _, inputs):
+        """Remember what goes into the student's last layer."""
+        self.ours = inputs[0].float()
+
+    def distance(self, pixels):
+        """Squared distance of the two, each of length 1; a scalar."""
+        backbone = self.teacher.backbone
+        with torch.no_grad(), models.autocast(pixels.device):
+            tokens = backbone.forward_features(self.teacher.normalise(pixels))
+            theirs = backbone.forward_head(tokens, pre_logits=True)
+        both = self.layer(self.ours), theirs.float()
+        a, b = (torch.nn.functional.normalize(each) for each in both)
+        return (a - b).square().sum(1).mean()
+
+    def step(self):
+        """Train the linear layer."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def open_pictures(spec, args):

@@ -180,3 +180,17 @@ def colour(u, mean, recipe):
     shift = (1.0 - contrast) * mean + 255.0 * recipe.brightness * sign[:, 7]
     return gain, shift[:, None] * tint
 
+
+
+def partners(indices, views, seed, count):
+    """Trial: which picture each view is mixed with, int64 [B]; its own share in 0.5..1, [B]."""
+    u = uniform(seed + 1, views, indices, 2)
+    return (u[:, 0] * count).astype(np.int64), 0.5 + 0.5 * u[:, 1]
+
+
+def render_mixed(pictures, batch, indices, views, seed, recipe):
+    """Trial: views of a batch, each mixed with the same view of another of `pictures`."""
+    others, share = partners(indices, views, seed, len(pictures))
+    second = render(pictures.batch(others, batch.device), others, views, seed, recipe)
+    share = torch.from_numpy(share).float().to(batch.device)[:, None, None, None]
+    return share * render(batch, indices, views, seed, recipe) + (1 - share) * second

@@ -69,10 +69,15 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
+# Its embedding is matched by a row behind those that train it.
+EMBEDDING = f"{file_name('teachers', *FROZEN[1:])}/{TEACHERS[0]}/model.pt"
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
+    "mixed with another picture": Row(("--mixup",), ("--mixup",)),
+    "constant learning rate, EMA": Row(student=("--constant-lr",)),
+    "alpha falls to 0 over the last tenth": Row(student=("--labels-last", 0.1)),
     "alpha 0.5": Row(student=("--alpha", 0.5)),
     "temperature 4": Row(student=("--temperature", 4)),
     "twice the steps": Row(steps=2),
@@ -81,6 +86,7 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
+    "frozen transformer's embedding first": Row(student=("--embedding", f"{{home}}/{EMBEDDING}")),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
@@ -100,7 +106,8 @@ def run(name, row, seed, args):
     pictures = development_folder(task, args, home, seed)
     taught_by = build(change, task, pictures, home, seed, args)
     steps = round(change.steps * STEPS)
-    model = student(file_name(row), steps, taught_by, task, home, seed, args, *change.student)
+    flags = [str(word).format(home=home) for word in change.student]
+    model = student(file_name(row), steps, taught_by, task, home, seed, args, *flags)
     n, *scores, _, _, seconds = score(model, pictures, home)
     row = [GROUP, name, seed, "warm", row, n, *scores, steps, seconds, this_commit()]
     append_rows(args.csv, FIELDS, [row])
