@@ -33,7 +33,7 @@ from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates
 from common.views import ViewRecipe, render
 
-STEPS, EMBEDDED_STEPS = 1000, 552  # the embedded set's chain ends in a few minutes
+STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain ends in a few minutes
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
 

@@ -33,7 +33,7 @@ from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS
 
-STEPS = 600
+STEPS = 2000  # 500 are enough for a pretrained transformer (tests/benchmarks/README.md, curves)
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
 FROZEN_LR = 3e-3  # of a head alone
@@ -261,7 +261,7 @@ def default_view_size(folder):
     """[H, W] of the median training picture, reduced to the pixels of 128 x 128, in steps of 16.
 
     128 px with fewer steps beats 70 px with more in the same time (tests/benchmarks/ablations.py),
-    and a student's 1,000 steps take minutes on two CPU cores. Small defects need more.
+    and a student's steps take minutes on two CPU cores. Small defects need more.
     """
     if folders.is_embedded(folder):
         return [EMBEDDED_SIZE, EMBEDDED_SIZE]
