@@ -378,8 +378,8 @@ def occlusion_map(student, frame, good):
     rows = min(64, max(1, round(8 * (height / width) ** 0.5)))
     columns = 64 // rows
     coarse = max(1, columns // 2), max(1, rows // 2)
-    small = Image.fromarray(frame).resize(coarse, Image.Resampling.BOX)
-    blurred = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    small = Image.fromarray(frame).resize(coarse, Image.BOX)
+    blurred = np.asarray(small.resize((width, height), Image.BILINEAR), np.float32)
 
     def near(places, size):  # a bell curve per place of a side
         place, pixel = (np.arange(1, 2 * n, 2, dtype=np.float32) / n - 1 for n in (places, size))
@@ -419,11 +419,13 @@ class Judge:
             passing = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
             return {**verdict, "error": printable(why_unreadable(error)), "passing": passing}
         p = self.student(picture)[0].tolist()
+        if len(p) != len(self.classes):
+            raise ValueError(f"{len(p)} probabilities for {len(self.classes)} classes")
         score = sum(p[k] for k in range(len(p)) if k not in self.good) if self.good else None
         verdict["decision"] = self.decide(score) if self.band else None
         verdict["class"], verdict["probability"] = self.classes[p.index(max(p))], max(p)
         verdict["defect_score"] = score  # as a sum, since 1 - p(good) would be 0 below 6e-8
-        verdict["probabilities"] = dict(zip(self.classes, p, strict=True))
+        verdict["probabilities"] = dict(zip(self.classes, p))
         if self.heatmaps and verdict["decision"] != "PASS":
             verdict["heatmap"] = self.draw(verdict, path, picture)
         return verdict
@@ -440,7 +442,7 @@ class Judge:
         heat = occlusion_map(self.student, resize(picture, self.view_size), self.good) * OPACITY
         size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
         image = Image.fromarray(picture).resize(size)
-        mask = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        mask = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.BICUBIC)
         image.paste(RED, mask=mask)
         defects = (name for k, name in enumerate(self.classes) if k not in self.good)
         text = f"{verdict['decision'] or ''} {verdict['class']} {verdict['probability']:.2f}"
@@ -584,7 +586,8 @@ def run():
     names = args.pictures or ["data/fasteners/test"]
     searched = [args.watch] if args.watch else list(filter(os.path.isdir, names))
     for folder in searched if args.heatmap else ():
-        if Path(args.heatmap).resolve().is_relative_to(Path(folder).resolve()):
+        where = Path(args.heatmap).resolve()
+        if Path(folder).resolve() in (where, *where.parents):
             raise Refused(f"--heatmap {args.heatmap}: among the pictures of {folder}; name a "
                           "folder outside of it")
     check_reading()
