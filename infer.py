@@ -47,7 +47,7 @@ OTHER_BYTE = {"LA;16B": "RGBA", "RGB;16L": "RGB;16B", "RGB;16B": "RGB;16L", "RGB
 BAND, BLOCK = 128, 4  # rows that are converted at a time, and that `resize` makes at a time
 SCHEMA = 7  # of the exported file, as in common/export.py
 CHECKSUMS = {".ts": 95, ".onnx": 89}  # bytes at a file's end with the sha256 of all before them
-OLDEST = {".ts": "2.1", ".onnx": "1.18", "Pillow": "9.0"}  # versions that were tried
+OLDEST = {".ts": "2.0", ".onnx": "1.18", "Pillow": "9.0"}  # versions that were tried
 ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM has the last two
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; age at which an unreadable file is bad
@@ -295,19 +295,33 @@ def load_student(path, sha256=None, threads=None):
     except ModuleNotFoundError as error:
         raise Refused(f"{path}: needs {error.name}; pip install {error.name}") from None
     except Exception as error:  # of many kinds; the file is whole, so it is the runtime
-        raise Refused(f"{path}: is whole, but {runtime_of(kind)} cannot run it: "
-                      f"{why_unreadable(error)}") from None
+        raise cannot_run(path, kind, error) from None
     try:
         metadata = json.loads(text)
         metadata["runtime"] = runtime[metadata["precision"]]
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
         height, width = metadata["view_size"]
-        Judge(student, metadata)(Path(), np.zeros((height, width, 3), np.uint8))  # wrong types fail
+        frame, larger = (np.zeros((n * height, n * width, 3), np.uint8) for n in (1, 2))
+    except Exception:  # of many kinds
+        raise foreign from None
+    try:
+        student(larger)  # which it resizes
+    except Exception as error:
+        raise cannot_run(path, kind, error) from None
+    try:
+        Judge(student, metadata)(Path(), frame)  # wrong types fail
         json.dumps(metadata, indent=1)  # as does what is nested too deep for --info
     except Exception:  # of many kinds
         raise foreign from None
     return student, metadata
+
+
+def cannot_run(path, kind, error):
+    """What is told of a whole file that the runtime fails at: the end says most."""
+    text = (str(error).strip() or type(error).__name__).splitlines()
+    return Refused(f"{path}: is whole, but {runtime_of(kind)} cannot run it: {text[0][:200]}"
+                   + (f" ... {text[-1][:200]}" if len(text) > 1 else ""))
 
 
 def runtime_of(kind):
