@@ -10,7 +10,7 @@
 Each row of ROWS is a virtual environment with these packages, from wheels alone, which is removed
 afterwards; uv takes its Python from PATH or downloads it. There infer.py judges the test pictures
 with the float32 and the int8 file, and draws a heatmap of one. Decisions and probabilities are
-compared with those of the first row of the same runtime that is run.
+compared with those of the first row of the same runtime where that file works.
 """
 
 import json
@@ -138,8 +138,10 @@ def rows_of(folder, pictures, only):
             packages = (f"pillow=={pillow}", f"numpy=={numpy}", f"{runtime}=={version}")
             files = {precision: folder / name for precision, name in FILES[runtime].items()}
             answers, problems = try_row(python, packages, files, pictures)
-            first = newest.setdefault(runtime, answers)
-            found = [(len(answers[name]), *compare(answers[name], first[name])) for name in answers]
+            found = []
+            for name, verdicts in answers.items():
+                first = newest.setdefault((runtime, name), verdicts)
+                found.append((len(verdicts), *compare(verdicts, first)))
             yield [
                 python, pillow, numpy, f"{runtime} {version}", ", ".join(answers),
                 ", ".join(f"{equal} of {n}" for n, equal, _ in found),
