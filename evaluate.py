@@ -298,8 +298,7 @@ def score(model, probabilities, labels):
     scores, point = metrics.score(probabilities, labels), model.header.get("operating_point")
     if point:
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        defects = metrics.defect_scores(probabilities, good)
-        rates = metrics.rates(defects, ~np.isin(labels, good), point["threshold"])
+        rates = metrics.rates(*metrics.defects(probabilities, labels, good), point["threshold"])
         scores["operating_point"] = {**point, **rates}
     return scores
 

@@ -23,7 +23,7 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from timeit import repeat
@@ -95,9 +95,10 @@ def decode(content, white_level=65535):
         for top in range(0, image.height, BAND):  # converted whole, it would take twice the memory
             rows = picture[top:top + BAND]
             box = (0, top, image.width, top + len(rows))
-            values = deep_values(image.crop(box), low and low.crop(box))
+            band = image.crop(box)
+            values = deep_values(band, low and low.crop(box))
             if values is None:
-                rows[:] = np.asarray(image.crop(box).convert("RGB"))
+                rows[:] = np.asarray(band.convert("RGB"))
             else:
                 brightest = max(float(values.max()), brightest or 0.0)
                 rows[:] = (values / (white_level / 255)).clip(0, 255).astype(np.uint8)
@@ -190,57 +191,57 @@ def list_pictures(names):
         yield from map(Path, files)
         for folder in filter(os.path.isdir, [] if files else matches):
             left_out = Counter()
-            yield from sorted(pictures_below(folder, left_out))
+            yield from sorted(Path(entry) for entry in pictures_below(folder, left_out))
             if left_out:
                 print(printable(left_out_line(folder, left_out)), file=sys.stderr)
 
 
-def give_up(error):
-    raise error
+def pictures_below(folder, left_out, above=None):
+    """DirEntry of each picture below a folder, links followed unless they lead in a circle.
 
-
-def pictures_below(folder, left_out):
-    """Paths of the pictures below a folder, links followed unless they lead in a circle.
-
-    left_out: Counter of what is none, which grows, see `is_left_out`.
+    left_out: Counter of what is none, which grows; above: real paths of the folders around it.
     """
-    for here, folders, files in os.walk(folder, onerror=give_up, followlinks=True):
-        yield from (Path(here, name) for name in files
-                    if not is_left_out(name, left_out) and os.path.isfile(os.path.join(here, name)))
-        above = {path.resolve() for path in (Path(here), *Path(here).parents)}
-        folders[:] = [name for name in folders if not is_left_out(name, left_out, True)
-                      and Path(here, name).resolve() not in above]
+    above = above or {os.path.realpath(each) for each in (folder, *Path(folder).parents)}
+    with os.scandir(folder) as entries:
+        entries = list(entries)
+    for entry in entries:
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            continue
+        kind = left_out_as(entry.name, is_folder)
+        if kind:
+            left_out[kind] += 1
+        elif kind is None and is_file:
+            yield entry
+        elif kind is None and is_folder and (real := os.path.realpath(entry)) not in above:
+            yield from pictures_below(entry.path, left_out, above | {real})
 
 
-def is_left_out(name, left_out, is_folder=False):
-    """Whether a file or folder of this name is left out, in training as on a device.
-
-    Hidden ones are, and what systems leave behind, and files that are no pictures by their ending.
-    The last two are counted in `left_out` by what a user would call them.
-    """
-    if name.startswith("."):
-        return True
+def left_out_as(name, is_folder=False):
+    """As what a user counts a file or folder of this name that is left out; None for one that is
+    used, "" for one that needs no word. In training as on a device."""
     ending = os.path.splitext(name)[1].lower()
+    if name.startswith("."):
+        return ""
     if name.lower() in LEFT_BEHIND:
-        left_out[f"folder {name}"] += 1
-    elif is_folder or ending in EXTENSIONS:
-        return False
-    elif name.lower() not in OURS:
-        left_out[ending or "without ending"] += 1
-    return True
+        return f"folder {name}"
+    if is_folder or ending in EXTENSIONS:
+        return None
+    return "" if name.lower() in OURS else ending or "without ending"
 
 
 def left_out_line(folder, left_out):
-    """In words what `is_left_out` counted in a folder."""
+    """In words how many were left out in a folder: a Counter by `left_out_as`."""
     counts = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
     return f"{folder}: left out, since they are no pictures by their names: {counts}"
 
 
-def key_of(path, folder):
-    """(name below the folder, size, time of change in ns) of a file; None where it is gone."""
+def stamp(file):
+    """(size, time of change in ns) of a Path or DirEntry; None where it is gone."""
     with suppress(OSError):  # moved away meanwhile
-        stat = path.stat()
-        return path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns
+        stat = file.stat()
+        return stat.st_size, stat.st_mtime_ns
 
 
 def resize(picture, view_size):
@@ -287,34 +288,39 @@ def load_student(path, sha256=None, threads=None):
         raise Refused(f"{path}: its sha256 is {its}, not {sha256}; copy the file again")
     kind, load = (".onnx", load_onnx) if Path(path).suffix == ".onnx" else (".ts", load_torchscript)
     content, checksum = data[:-CHECKSUMS[kind]], data[-CHECKSUMS[kind]:]
-    foreign = Refused(f"{path}: not a student{kind} of this version, or damaged; export it again")
     if hashlib.sha256(content).hexdigest().encode() not in checksum:
-        raise foreign
-    try:
+        raise foreign(path, kind)
+    with refused_as(cannot_run, path, kind):  # the file is whole, so it is the runtime
         student, text, runtime = load(data, threads)
-    except ModuleNotFoundError as error:
-        raise Refused(f"{path}: needs {error.name}; pip install {error.name}") from None
-    except Exception as error:  # of many kinds; the file is whole, so it is the runtime
-        raise cannot_run(path, kind, error) from None
-    try:
+    with refused_as(foreign, path, kind):
         metadata = json.loads(text)
         metadata["runtime"] = runtime[metadata["precision"]]
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
         height, width = metadata["view_size"]
         frame, larger = (np.zeros((n * height, n * width, 3), np.uint8) for n in (1, 2))
-    except Exception:  # of many kinds
-        raise foreign from None
-    try:
+    with refused_as(cannot_run, path, kind):
         student(larger)  # which it resizes
-    except Exception as error:
-        raise cannot_run(path, kind, error) from None
-    try:
+    with refused_as(foreign, path, kind):
         Judge(student, metadata)(Path(), frame)  # wrong types fail
         json.dumps(metadata, indent=1)  # as does what is nested too deep for --info
-    except Exception:  # of many kinds
-        raise foreign from None
     return student, metadata
+
+
+@contextmanager
+def refused_as(reason, path, kind):
+    """Raise what `reason` makes of an exception, of which runtimes and foreign files have many."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Refused(f"{path}: needs {error.name}; pip install {error.name}") from None
+    except Exception as error:
+        raise reason(path, kind, error) from None
+
+
+def foreign(path, kind, _=None):
+    """What is told of a file that is none of ours, or not whole."""
+    return Refused(f"{path}: not a student{kind} of this version, or damaged; export it again")
 
 
 def cannot_run(path, kind, error):
@@ -519,7 +525,7 @@ def watch(folder, judge, report):
             if time.monotonic() < later.get(key, 0):
                 continue
             verdict = judge(path)
-            if key_of(path, folder) != key:
+            if stamp(path) != key[1:]:
                 continue  # it is still being written
             if verdict.get("passing"):
                 if key not in later:
@@ -541,13 +547,23 @@ def watch(folder, judge, report):
             judged.add(key)
 
 
+def keys_below(folder, left_out):
+    """{(name below the folder, size, time of change)} of the pictures; left_out: a Counter."""
+    start, keys = len(os.path.join(folder, "")), set()
+    for entry in pictures_below(folder, left_out):
+        changed = stamp(entry)
+        if changed:
+            keys.add((entry.path[start:].replace(os.sep, "/"), *changed))
+    return keys
+
+
 def arrivals(folder, judged):
     """(path, key) of pictures below a folder that are not in `judged`, oldest first, for ever."""
     before, said = set(), set()
     while True:
         start, left_out = time.perf_counter(), Counter()
         try:
-            now = {key_of(path, folder) for path in pictures_below(folder, left_out)} - {None}
+            now = keys_below(folder, left_out)
             line = left_out_line(folder, left_out)
         except OSError as error:  # a share's bad moment
             now, line = set(), f"{error.filename}: {error.strerror}; looking again"
@@ -574,8 +590,8 @@ def check_reading():
                       f"the oldest that works is {OLDEST['Pillow']}") from None
 
 
-def run():
-    """The program; returns its exit status."""
+def parse_arguments():
+    """The flags; ends the program for wrong ones, and refuses folders that do not fit."""
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = p.add_argument
     add("pictures", nargs="*", help="files, patterns or folders (default: data/fasteners/test)")
@@ -597,13 +613,19 @@ def run():
         raise Refused(f"--watch {args.watch}: no such folder")
     if args.watch and args.pictures:
         p.error("--watch DIR judges what is below it; give no other pictures")
-    names = args.pictures or ["data/fasteners/test"]
-    searched = [args.watch] if args.watch else list(filter(os.path.isdir, names))
+    args.pictures = args.pictures or ["data/fasteners/test"]
+    searched = [args.watch] if args.watch else list(filter(os.path.isdir, args.pictures))
     for folder in searched if args.heatmap else ():
         where = Path(args.heatmap).resolve()
         if Path(folder).resolve() in (where, *where.parents):
             raise Refused(f"--heatmap {args.heatmap}: among the pictures of {folder}; name a "
                           "folder outside of it")
+    return args
+
+
+def run():
+    """The program; returns its exit status."""
+    args = parse_arguments()
     check_reading()
 
     student, metadata = load_student(args.model, args.sha256, args.threads)
@@ -625,9 +647,9 @@ def run():
         print(*FIELDS, sep=",")
     if args.watch:
         watch(args.watch, judge, report)
-    paths = list(list_pictures(names))
+    paths = list(list_pictures(args.pictures))
     if not paths:
-        raise Refused(f"no pictures in {', '.join(names)}")
+        raise Refused(f"no pictures in {', '.join(args.pictures)}")
     return int(max([report(judge(path)) for path in paths]))  # 1 where some could not be read
 
 

@@ -12,6 +12,7 @@ import os
 import platform
 import secrets
 import shutil
+import tempfile
 import unicodedata
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,16 +180,13 @@ def has_locks(folder):
     """Whether files of a folder can be locked; where not, an attempt would wait for ever."""
     if fcntl is None:
         return True
-    probe = Path(folder, f".{secrets.token_hex(8)}.lock")
     try:
-        with open(probe, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # which a kill leaves nothing of
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         return False
-    finally:
-        probe.unlink(missing_ok=True)
     return True
 
 

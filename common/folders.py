@@ -4,13 +4,12 @@
 """
 
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 from common import fasteners
 from common.files import UserError
 from common.pictures import list_pictures, say_once
-from infer import is_left_out
+from infer import left_out_as
 
 EMBEDDED = "data/fasteners"
 SPELLINGS = {  # other names of a folder, in small letters, as other programs write them
@@ -105,7 +104,7 @@ def class_folders(folder, may_lack=False):
     """
     filled = {path.split("/")[0] for path in list_pictures(folder)}
     names = [path.name for path in folders_in(folder)]
-    names = [name for name in names if not is_left_out(name, Counter(), is_folder=True)]
+    names = [name for name in names if left_out_as(name, is_folder=True) is None]
     empty = [name for name in names if name not in filled]
     if may_lack:
         names, empty = [name for name in names if name in filled], []

@@ -153,6 +153,14 @@ def defect_scores(probabilities, good):
     return np.delete(np.asarray(probabilities), good, axis=1).sum(1)
 
 
+def defects(probabilities, labels, good):
+    """(scores, defective): `defect_scores` float [N], and whether it is one, bool [N].
+
+    labels: int [N]; good: numbers of the good classes.
+    """
+    return defect_scores(probabilities, good), ~np.isin(labels, good)
+
+
 def rates(scores, defective, threshold):
     """Miss rate and false-alarm rate at a threshold, as plain data with counts and intervals.
 

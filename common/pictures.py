@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import files
 from common.files import UserError
 from common.losses import UNLABELLED
-from infer import EXTENSIONS, decode, give_up, is_left_out, left_out_line, why_unreadable
+from infer import EXTENSIONS, decode, left_out_as, left_out_line, why_unreadable
 
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per value
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats, bytes, cameras of 10 to 16 bits
@@ -50,8 +50,8 @@ def list_pictures(folder):
     inside = folder.resolve()
     paths, outside, left_out = [], [], Counter()
     for home, folders, names in os.walk(folder, onerror=give_up, followlinks=True):
-        folders[:] = [name for name in folders if not is_left_out(name, left_out, True)]
-        pictures = [Path(home, name) for name in names if not is_left_out(name, left_out)]
+        folders[:] = used(folders, left_out, are_folders=True)
+        pictures = [Path(home, name) for name in used(names, left_out)]
         paths += [path.relative_to(folder).parts for path in pictures if path.is_file()]
         below = [Path(home, name) for name in folders]
         for link in filter(Path.is_symlink, below + pictures):
@@ -67,6 +67,17 @@ def list_pictures(folder):
     if left_out:
         say_once(left_out_line(folder, left_out))
     return ["/".join(parts) for parts in sorted(paths)]
+
+
+def give_up(error):
+    raise error
+
+
+def used(names, left_out, are_folders=False):
+    """The names that are not left out, by infer.py's rule; the others count in `left_out`."""
+    kinds = {name: left_out_as(name, are_folders) for name in names}
+    left_out.update(kind for kind in kinds.values() if kind)
+    return [name for name in names if kinds[name] is None]
 
 
 @cache

@@ -9,7 +9,6 @@ A dataset is a dict that every stage passes on, so that all see the same split:
     classes, fingerprint           what these are; compared when a later stage opens it
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -203,8 +202,8 @@ def paths_of_split_parts(pictures, others, pattern, drop, allow):
         return [path.split("/", 1)[1] for path in each.paths()]
 
     def names(each):
-        matches = [re.search(pattern, path) for path in below(each)]
-        return [[match.group(1)] if match and match.group(1) else [] for match in matches]
+        parts = (validation.part_of(path, pattern) for path in below(each))
+        return [[part] if part else [] for part in parts]
     validation.groups_of(below(pictures), pattern)  # refuses a pattern that matches nothing
     said = "training pictures show parts that test or validation pictures show, by --group-regex"
     return leaks_left_out(shared(pictures, others, names), said, drop, allow)

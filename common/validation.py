@@ -63,10 +63,16 @@ def groups_of(paths, pattern):
     """A group name per path: the first match group of the pattern, or the path itself."""
     if pattern is None:
         return paths
-    matches = [re.search(pattern, path) for path in paths]
-    if not any(matches):
+    parts = [part_of(path, pattern) for path in paths]
+    if set(parts) <= {None}:
         raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
-    return [match.group(1) or path if match else path for match, path in zip(matches, paths)]
+    return [part or path for part, path in zip(parts, paths)]
+
+
+def part_of(path, pattern):
+    """The first match group of a pattern in a path, None where it does not match."""
+    match = re.search(pattern, path)
+    return match and (match.group(1) or "")
 
 
 def joined(groups, pairs):

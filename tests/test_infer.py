@@ -339,7 +339,7 @@ def test_a_file_whose_size_is_final_before_its_pixels_is_judged_at_rest(monkeypa
 def test_looking_at_thousands_of_judged_pictures_takes_little_of_a_core(monkeypatch, tmp_path):
     for number in range(5000):
         (tmp_path / f"{number}.png").touch()
-    judged = {infer.key_of(path, tmp_path) for path in tmp_path.iterdir()}
+    judged = {(path.name, *infer.stamp(path)) for path in tmp_path.iterdir()}
     slept = []
 
     def sleep(seconds):

@@ -118,26 +118,30 @@ def test_pictures_too_dark_or_bright_for_the_white_level_name_the_flag_that_fits
     assert "warning" not in capsys.readouterr().out
 
 
+def exif_of(tag):
+    """An EXIF block with an orientation, and a resolution in text, which no tag may be."""
+    entries = struct.pack("<HHIHH", 274, 3, 1, tag, 0) + struct.pack("<HHI4s", 282, 2, 4, b"72")
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_every_orientation_is_turned_upright_whatever_else_is_in_exif(tag):
     from PIL import ImageOps
 
-    frame = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[274], exif[41729] = tag, "no type that this tag may have"
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "PNG", exif=exif)
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8))
     plain = Image.Exif()
     plain[274] = tag
-    other = io.BytesIO()
-    Image.fromarray(frame).save(other, "PNG", exif=plain)
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(other)))
-    assert (infer.decode(file.getvalue())[0] == upright).all()
+    files = {"odd": io.BytesIO(), "plain": io.BytesIO()}
+    frame.save(files["odd"], "JPEG", exif=exif_of(tag))
+    frame.save(files["plain"], "JPEG", exif=plain)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(files["plain"])))
+    assert (infer.decode(files["odd"].getvalue())[0] == upright).all()
 
 
-def test_a_damaged_exif_block_makes_no_picture_unreadable():
+@pytest.mark.parametrize("block", [b"Exif\0\0garbage here", b"Exif\0\0II*\0"])
+def test_a_damaged_exif_block_makes_no_picture_unreadable(block):
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    Image.new("RGB", (8, 8)).save(file, "PNG", exif=block)
     assert infer.decode(file.getvalue())[0].shape == (8, 8, 3)
 
 

@@ -157,7 +157,7 @@ def details(summary, answers, pictures, shown):
         point = model["sets"][name].get("operating_point")
         if point:
             good = metrics.numbers_of(model["good_classes"], summary["classes"])
-            scores, defective = metrics.defect_scores(p, good), ~np.isin(labels, good)
+            scores, defective = metrics.defects(p, labels, good)
             if defective.any() and not defective.all():
                 curves.append(charts.operating_curve(scores, defective, point))
         wrong = np.flatnonzero(p.argmax(1) != labels)
