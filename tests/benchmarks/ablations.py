@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TEACHERS, add_sources, teach, values_of
 from bench import (
     append_rows,
     half_width,
@@ -27,6 +26,7 @@ from bench import (
     run_stages,
     select,
     this_commit,
+    values_of,
 )
 from curves import (
     SETS,
@@ -38,6 +38,7 @@ from curves import (
     student,
     task_of,
 )
+from sets import TEACHERS, add_sources, teach
 
 from build_ensemble import in_batches, teacher_logits
 from common import cli, models, splits

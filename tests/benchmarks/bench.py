@@ -192,6 +192,11 @@ def select(rows, **wanted):
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
+def values_of(rows, key):
+    """The different values of a column, in the order of their first rows."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
 def this_commit():
     """The short name of the commit that the repository is at; empty where there is no git."""
     command = ["git", "rev-parse", "--short", "HEAD"]

@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from accuracy import TASKS as AS_TESTED
-from accuracy import TEACHERS, add_sources, group_of, lay_out, source_of, teach
+import sets
 from bench import (
     append_rows,
     call,
@@ -29,13 +28,15 @@ from bench import (
     this_commit,
     with_std,
 )
+from sets import TASKS as AS_TESTED
+from sets import TEACHERS, add_sources, group_of, lay_out, source_of, teach
 
 from common import cli
 from common.files import load_json
 
 SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
 SIZE = 64
-LENGTHS, TAUGHT = (500, 2000, 8000), ((TEACHERS[0], 500), (TEACHERS[1], 2000))
+LENGTHS, TAUGHT = (500, 2000, 8000), tuple(sets.TAUGHT.items())
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
 SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import TEACHERS, Task, teach
 from bench import link, run_stages
+from sets import TEACHERS, Task, teach
 
 from common import cli, models, splits
 from common.audit.label_errors import neighbour_votes
@@ -49,11 +49,11 @@ def lay_out(source, per_class, home, seed):
 
 def stages(home, weights, seed):
     """(name, command words) of one seed."""
-    task = Task("", 0, False, side=SIDE, steps=STEPS, transformer_steps=STEPS)
+    task, steps = Task("", size=SIDE), dict.fromkeys(TEACHERS, STEPS)
     teachers = [home / name / "model.pt" for name in TEACHERS]
     build = ["build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble"]
     return [
-        teach(task, home / "data", home, weights, seed),
+        teach(task, home / "data", home, weights, seed, steps=steps),
         ("ensemble", [*build, "--seed", seed, "--overwrite"]),
     ]
 

@@ -25,7 +25,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from accuracy import TEACHERS, add_sources, lay_out, source_of
 from bench import (
     append_rows,
     print_table,
@@ -35,6 +34,7 @@ from bench import (
     with_std,
 )
 from curves import SETS, TAUGHT, ensemble, evaluated, student, task_of, teacher
+from sets import TEACHERS, add_sources, lay_out, source_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import LogitDistillationTask
