@@ -4,9 +4,10 @@
     python tests/benchmarks/peers.py --data DIR --weights DIR --student-weights FILE
     python tests/benchmarks/peers.py --table                       # from the CSV alone
 
-Sets and sizes of curves.py, but all training pictures and the test pictures; one core each. What
-build_ensemble.py and distill.py take for STEPS steps is the time that every other way has for a
-ResNet18 from the same weights:
+Sets, teachers, ensemble and student are those of accuracy.py, in its folder: what it has trained is
+not trained again. What build_ensemble.py and distill.py took there is the time that every other way
+has for a ResNet18 from the same weights; to be run on the same machine, one core each, beside as
+much else:
 
     fine-tuning   distill.py --alpha 0: labels alone, the same recipe and views
     timm          its LogitDistillationTask with the better teacher online, labelled pictures, our
@@ -15,7 +16,6 @@ ResNet18 from the same weights:
                   labels, at the package's own settings; then it is fine-tuned as above
 """
 
-import json
 import os
 import time
 from argparse import Namespace
@@ -25,16 +25,18 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from accuracy import STEPS, stages
 from bench import (
     append_rows,
     print_table,
     read_rows,
+    run_stages,
     select,
     this_commit,
     with_std,
 )
-from curves import SETS, TAUGHT, ensemble, evaluated, student, task_of, teacher
-from sets import TEACHERS, add_sources, lay_out, source_of
+from curves import evaluated, student
+from sets import TASKS, TEACHERS, TRANSFORMER, add_sources, pictures_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import LogitDistillationTask
@@ -46,7 +48,7 @@ from common.pictures import DecodedCache
 from common.training import batch_of_step
 from common.views import ViewRecipe, render
 
-STEPS, BATCH, TRIAL = 2000, 24, 20
+BATCH, TRIAL = 24, 20
 ALPHA, T = 0.9, 2.0  # of distill.py
 WAYS = ("ours", "fine-tuning", "timm", "LightlyTrain")
 FIELDS = ("set", "seed", "way", "n", "accuracy", "balanced_accuracy", "nll", "seconds", "code")
@@ -120,7 +122,7 @@ def lightly(pictures, home, args, seconds, side):
     os.environ["LIGHTLY_TRAIN_MODEL_CACHE_DIR"] = str(home / "lightly_models")
     import lightly_train
 
-    write_dinov2(args.weights / f"{TEACHERS[0]}.safetensors", home / "lightly_models")
+    write_dinov2(args.weights / f"{TRANSFORMER}.safetensors", home / "lightly_models")
     folders = [str(pictures / name) for name in ("train", "unlabelled")]
     settings = {
         "data": [folder for folder in folders if Path(folder).is_dir()],
@@ -166,15 +168,13 @@ def run(name, seed, args):
         found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
         return [name, seed, way, scores["n"], *found, round(seconds), this_commit()]
 
-    task, home = task_of(name), Path(args.output) / name / f"seed_{seed}"
-    pictures = lay_out(task, source_of(task, args.data, Path(args.output)), home, seed)
-    teachers = [teacher(task, pictures, home, seed, args, *each) for each in TAUGHT]
-    cached = ensemble(task, pictures, home, seed, args)
-    ours = student("distilled", STEPS, cached, task, home, seed, args)
-    log = json.loads((home / "seconds.json").read_text())
+    task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
+    pictures = pictures_of(task, args.data, home, seed)
+    todo = stages(task, pictures, home, args.weights, seed, args.student_weights)
+    cached, ours = home / "ensemble", home / "distilled" / "model.pt"
+    building = run_stages(todo, home)["ensemble"]
     training = float(read_rows(ours.parent / "log.csv")[-1]["seconds"])
-    seconds = log["ensemble"] + training
-    per_step = training / STEPS
+    seconds, per_step = building + training, training / STEPS
 
     def fine_tuned(way, start, left):
         """The scores of distill.py --alpha 0 from a start, for some seconds."""
@@ -188,6 +188,7 @@ def run(name, seed, args):
     yield row_of("fine-tuning", alone, seconds)
 
     on_val = load_json(cached / "ensemble.json")["validation"]
+    teachers = [home / name / "model.pt" for name in TEACHERS]
     better = max(teachers, key=lambda path: on_val[path.as_posix()]["balanced_accuracy"])
     yield row_of("timm", *timm_online(better, args.student_weights, seconds, seed))
 
@@ -198,7 +199,7 @@ def run(name, seed, args):
 
 def print_results(rows):
     """Balanced accuracy of every way on every set, over seeds, and the seconds."""
-    sets = [name for name in SETS if select(rows, set=name)]
+    sets = [name for name in TASKS if select(rows, set=name)]
     lines = []
     for way in WAYS:
         cells = []
@@ -215,9 +216,9 @@ def print_results(rows):
 def main():
     p = cli.parser(__doc__)
     add_sources(p)
-    p.add_argument("--sets", nargs="+", choices=SETS, default=["elpv_100", "elpv_all"])
+    p.add_argument("--sets", nargs="+", choices=TASKS, default=["elpv_100", "elpv_all"])
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[0, 1, 2], metavar="N")
-    p.add_argument("--output", default="runs/peers", help="folder for the runs")
+    p.add_argument("--output", default="runs/accuracy", help="folder of accuracy.py")
     p.add_argument("--csv", default=str(Path(__file__).with_suffix(".csv")))
     p.add_argument("--table", action="store_true", help="print the table of the CSV, and end")
     args = p.parse_args()
