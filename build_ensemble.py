@@ -131,8 +131,7 @@ def build(args):
         cli.lap("label errors")
 
     # The views that an earlier start has not stored.
-    wanted = PICTURE_VIEWS if pool else LABELLED_VIEWS
-    views = args.views or max(4, wanted // len(pictures))
+    views = args.views or default_views(len(pictures), pool)
     absent = torch.zeros(1 + views)  # of processes but the first it stays zero
     if distributed.rank() == 0:
         absent[missing_views(folder, 1 + views)] = 1
@@ -147,6 +146,11 @@ def build(args):
 
 
 # --------------------------------------------------------------------------- teachers and pictures
+
+
+def default_views(count, pool):
+    """How many views to store beside the plain one, of `count` pictures with or without a pool."""
+    return max(4, (PICTURE_VIEWS if pool else LABELLED_VIEWS) // count)
 
 
 def find_teachers():
