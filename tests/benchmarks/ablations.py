@@ -74,6 +74,8 @@ ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
+    "8 views a picture": Row(("--views", 8)),  # the default of elpv_100
+    "20 views a picture": Row(("--views", 20)),  # and of elpv_all
     "alpha 0.5": Row(student=("--alpha", 0.5)),
     "temperature 4": Row(student=("--temperature", 4)),
     "twice the steps": Row(steps=2),

@@ -117,9 +117,9 @@ def ensemble(task, pictures, home, seed, args, *more, taught=TAUGHT, name="ensem
     taught: (model, steps, *flags) of each teacher; more: flags of build_ensemble.py.
     """
     teachers = [teacher(task, pictures, home, seed, args, *each) for each in taught]
-    words = ["build_ensemble.py", *teachers, "--seed", seed, *more, "--output", home / name]
     seen = [file for part in ("train", "unlabelled") for file in (pictures / part).rglob("*.*")]
-    run_stages([(name, [*words, "--views", PICTURE_VIEWS // len(seen)])], home)
+    words = ["build_ensemble.py", *teachers, "--seed", seed, "--output", home / name]
+    run_stages([(name, [*words, "--views", PICTURE_VIEWS // len(seen), *more])], home)
     return home / name
 
 
