@@ -30,7 +30,7 @@ from common import cli, distributed, export, export_onnx, folders, models, split
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
-from common.metrics import describe_rates
+from common.metrics import describe_rates, good_classes
 from common.views import ViewRecipe, render
 
 STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain ends in a few minutes
@@ -224,11 +224,6 @@ def export_student(output, pictures, val, spec, onnx, args):
     exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
-
-
-def good_classes(classes, wanted=None):
-    """The classes that are no defect: `wanted`, or those called good or ok."""
-    return wanted or [name for name in classes if name.lower() in ("good", "ok")]
 
 
 def check_good_classes(classes, wanted):

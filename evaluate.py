@@ -92,7 +92,8 @@ def evaluate(args):
     cli.lap("audit")
 
     # What do the models say, and which is better?
-    results, answers = run_models(tested, tests, device, args.batch_size)
+    good = good_numbers(tested, first.dataset["classes"])
+    results, answers = run_models(tested, tests, good, device, args.batch_size)
     report.compare(results, answers, pictures, baseline)
     cli.lap("models")
     summary = {
@@ -228,8 +229,19 @@ def find_tests(data_dir):
 # ------------------------------------------------------------------------------------ measurements
 
 
-def run_models(tested, tests, device, batch_size):
-    """(results, answers): a row of metrics.json per model, and {(model, set): float32 [N, K]}."""
+def good_numbers(tested, classes):
+    """Numbers of the classes that are no defect, as a student was told, or by their names."""
+    headers = [model.header for model in tested.values()]
+    told = [each.get("good_classes") or each.get("args", {}).get("good_class") for each in headers]
+    good = metrics.good_classes(classes, next(filter(None, told), None))
+    return metrics.numbers_of(good, classes)
+
+
+def run_models(tested, tests, good, device, batch_size):
+    """(results, answers): a row of metrics.json per model, and {(model, set): float32 [N, K]}.
+
+    good: numbers of the good classes.
+    """
     outputs, results, answers = {}, {}, {}
     for name, model in tqdm(tested.items(), "evaluating", disable=None, leave=False):
         sets = tests[model.reading]
@@ -241,7 +253,7 @@ def run_models(tested, tests, device, batch_size):
             logits = [outputs[file][0][of] for file in model.files]
             together = product_of_experts(logits, model.temperatures, model.weights)
             answers[name, of] = together.numpy()
-            scores[of] = score(model, answers[name, of], pictures.labels.numpy())
+            scores[of] = score(model, answers[name, of], pictures.labels.numpy(), good)
         made_from = {key: model.header[key] for key in MADE_FROM if key in model.header}
         if model.kind == "exported":
             made_from["sha256"] = file_sha256(model.files[0])
@@ -290,12 +302,16 @@ def latency(network, view_size, device, times=25, warm_up=5):
     return 1e3 * float(np.median(seconds[warm_up:]))
 
 
-def score(model, probabilities, labels):
+def score(model, probabilities, labels, good):
     """All metrics of a model on one test set; of a file with a threshold also what that does there.
 
-    probabilities: float [N, K]; labels: int [N].
+    probabilities: float [N, K]; labels: int [N]; good: numbers of the good classes. "auroc" is of
+    the defect scores, where there are good parts and defects.
     """
     scores, point = metrics.score(probabilities, labels), model.header.get("operating_point")
+    defect_scores, defective = metrics.defects(probabilities, labels, good)
+    if defective.any() and not defective.all():
+        scores["auroc"] = metrics.auroc(defect_scores, defective)
     if point:
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
         rates = metrics.rates(*metrics.defects(probabilities, labels, good), point["threshold"])

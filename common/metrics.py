@@ -74,6 +74,18 @@ def ece(probabilities, labels):
     return float((share * np.abs(accuracy - confidence)).sum())
 
 
+def auroc(scores, positive):
+    """Area under the ROC curve, in [0, 1]: do positives score higher, whatever the threshold?
+
+    The share of pairs of a positive and a negative that the scores put in that order, equal ones
+    counting half (Hanley and McNeil 1982). scores: float [N]; positive: bool [N], both kinds there.
+    """
+    positives, negatives = scores[positive], np.sort(scores[~positive])
+    below = np.searchsorted(negatives, positives, "left")
+    up_to = np.searchsorted(negatives, positives, "right")
+    return float((below + up_to).mean() / (2 * len(negatives)))
+
+
 # -------------------------------------------------------------------------- intervals and tests
 
 
@@ -137,6 +149,11 @@ def binomial(n, p):
 
 
 # ---------------------------------------------------------------------------- the operating point
+
+
+def good_classes(classes, wanted=None):
+    """The classes that are no defect: `wanted`, or those called good or ok."""
+    return wanted or [name for name in classes if name.lower() in ("good", "ok")]
 
 
 def numbers_of(names, classes):

@@ -402,7 +402,8 @@ def test_metrics_file_has_the_promised_keys_and_agrees_with_itself(tiny):
             s = model["sets"][name]
             assert s["n"] == n == np.sum(s["confusion_matrix"])
             assert s["accuracy"] == pytest.approx(np.trace(s["confusion_matrix"]) / n)
-            assert {"balanced_accuracy", "macro_f1", "nll", "ece", "minus_baseline"} <= set(s)
+            wanted = {"balanced_accuracy", "macro_f1", "nll", "ece", "auroc", "minus_baseline"}
+            assert wanted <= set(s)  # the student was told which class is good
     assert report["models"]["runs/student/student.ts"]["latency_device"] == "cpu"
 
 
@@ -415,6 +416,10 @@ def test_predictions_hold_every_picture_of_every_model_and_agree_with_the_scores
         mine = [row for row in rows if row["model"] == name and row["set"] == "test"]
         right = [row["label"] == row["prediction"] for row in mine]
         assert np.mean(right) == pytest.approx(model["sets"]["test"]["accuracy"])
+        good = [float(row["p_level"]) for row in mine if row["label"] == "level"]
+        bad = [float(row["p_level"]) for row in mine if row["label"] != "level"]
+        pairs = [(b < g) + (b == g) / 2 for b in bad for g in good]
+        assert np.mean(pairs) == pytest.approx(model["sets"]["test"]["auroc"], abs=1e-3)
         for row in mine:
             assert (tiny.data / row["path"]).is_file()
             p = {c: float(row[f"p_{c}"]) for c in report["classes"]}

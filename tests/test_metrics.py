@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common.metrics import (
+    auroc,
     choose_threshold,
     confusion_matrix,
     defect_scores,
@@ -51,6 +52,13 @@ def test_ece_weighs_bins_by_their_share():
     # Bin of 0.9: two of three right, gap 0.9 - 2/3; bin of 0.6: right, gap 0.4.
     expected = 3 / 4 * (0.9 - 2 / 3) + 1 / 4 * 0.4
     assert ece(probabilities, np.array([0, 0, 1, 0])) == pytest.approx(expected)
+
+
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    # Of the 16 pairs of a defect and a good part, 0.3 is below 0.6.
+    assert auroc(SCORES, DEFECTIVE) == 15 / 16
+    assert auroc(1 - SCORES, DEFECTIVE) == 1 / 16
+    assert auroc(np.zeros(8), DEFECTIVE) == 1 / 2  # all pairs are equal
 
 
 def test_confusion_matrix_counts_rows_as_true():

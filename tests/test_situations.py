@@ -20,7 +20,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import cli, files, folders, models, splits
+from common import cli, files, folders, metrics, models, splits
 from common.files import UserError
 from common.pictures import DecodedCache, list_pictures
 
@@ -361,7 +361,7 @@ def test_our_own_model_is_a_start_and_weights_that_do_not_fit_are_refused(inside
 
 
 def test_good_classes_may_be_several_and_none_is_told(capsys):
-    assert distill.good_classes(["bent", "good", "OK"]) == ["good", "OK"]
+    assert metrics.good_classes(["bent", "good", "OK"]) == ["good", "OK"]
     distill.check_good_classes(["ok_front", "def_front"], None)
     said = capsys.readouterr().out
     assert "no threshold" in said and "--good-class NAME" in said

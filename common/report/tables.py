@@ -6,20 +6,24 @@ from common.files import atomic_path
 from common.metrics import describe_rates, target_verdict
 from infer import csv_name
 
+SCORES = {  # printed beside the accuracy
+    "balanced_accuracy": "balanced", "macro_f1": "F1", "nll": "NLL", "ece": "ECE", "auroc": "AUROC",
+}
+
 
 def print_tables(summary):
     """Print the content of metrics.json: a block per model, then what its threshold does."""
     models, baseline = summary["models"], summary["baseline"]
-    rows = [["", "accuracy", "balanced", "F1", "NLL", "ECE", "minus baseline" if baseline else ""]]
+    rows = [["", "accuracy", *SCORES.values(), "minus baseline" if baseline else ""]]
     rows[0] += ["M params", "    MB", "    ms"]
     for name, model in models.items():
         mean = f"{model['mean_accuracy']:.4f} mean over sets"
         cost = [f"{model['parameters'] / 1e6:8.2f}", f"{model['bytes'] / 1e6:6.1f}"]
         cost.append(f"{model['latency_ms']:6.1f} {model['latency_device']}")
-        rows.append([name, mean, "", "", "", "", minus(model, name == baseline), *cost])
+        rows.append([name, mean, *[""] * len(SCORES), minus(model, name == baseline), *cost])
         for of, s in model["sets"].items():
             accuracy = "{:.4f} [{:.4f}, {:.4f}]".format(s["accuracy"], *s["accuracy_interval"])
-            others = [f"{s[key]:.4f}" for key in ("balanced_accuracy", "macro_f1", "nll", "ece")]
+            others = [f"{s[key]:.4f}" if key in s else "" for key in SCORES]
             rows.append([f"  {of}", accuracy, *others, minus(s, name == baseline), "", "", ""])
     widths = [max(map(len, column)) for column in zip(*rows)]
     sizes = ", ".join(f"{of} {s['n']}" for of, s in model["sets"].items())
