@@ -35,8 +35,9 @@ from common.files import load_json
 
 STEPS = 2000  # of students, the default
 STUDENTS = {"alone_short": (STEPS // 4, 0), "alone": (STEPS, 0), "distilled": (STEPS, 0.9)}
+SCORES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 FIELDS = (
-    "set", "size", "seed", "model", "test_set", "n", "accuracy", "balanced_accuracy", "nll", "ece",
+    "set", "size", "seed", "model", "test_set", "n", *SCORES,
     "minus_alone", "minus_alone_low", "minus_alone_high",  # of accuracy, over test pictures
     "val_balanced_accuracy", "steps", "seconds",
     "code",  # the commit when the row was written
@@ -87,9 +88,9 @@ def results(key, home, seconds):
         own = [last.get(key, "") for key in ("val_balanced_accuracy", "steps", "seconds")]
         for test_set, s in result["sets"].items():
             difference = s["minus_baseline"]
-            scores = [s[key] for key in ("accuracy", "balanced_accuracy", "nll", "ece")]
+            scores = [s.get(key) for key in SCORES]  # no AUROC where no class is good
             scores += [difference["difference"], *difference["interval"]]
-            rounded = [round(value, 5) for value in scores]
+            rounded = ["" if value is None else round(value, 5) for value in scores]
             yield [*key, part, test_set, s["n"], *rounded, *own, code]
 
 
@@ -102,12 +103,6 @@ def mean_of_tests(rows, column):
             for seed in sorted(values_of(rows, "seed"))}
 
 
-def balanced(rows):
-    """{model: {seed: balanced accuracy in %}} of one set."""
-    return {model: mean_of_tests(select(rows, model=model), "balanced_accuracy")
-            for model in values_of(rows, "model")}
-
-
 def patient_enough(rows):
     """Which stand-alone student of a set is at its better length: validation decides."""
     names = [name for name, (_, alpha) in STUDENTS.items() if alpha == 0]
@@ -116,9 +111,10 @@ def patient_enough(rows):
     return names[int(np.argmax(on_val))]
 
 
-def differences(rows):
-    """{title: a difference of balanced accuracy in points per seed} of one set."""
-    found = balanced(rows)
+def differences(rows, column):
+    """{title: a difference of a column in points per seed} of one set."""
+    found = {model: mean_of_tests(select(rows, model=model), column)
+             for model in values_of(rows, "model")}
     at_its_best, seeds = found[patient_enough(rows)], list(found["distilled"])
 
     def minus(a, b):
@@ -143,7 +139,7 @@ def over_seeds(values):
     return with_interval(np.mean(values), half_width(values))
 
 
-def print_models(rows, column, title):
+def print_models(rows, column, score):
     """A column of every model on every set: mean (std) over seeds."""
     sets, lines = values_of(rows, "set"), []
     for model in values_of(rows, "model"):
@@ -152,26 +148,21 @@ def print_models(rows, column, title):
             of_seeds = mean_of_tests(select(rows, set=name, model=model), column).values()
             cells.append(with_std(list(of_seeds)) if of_seeds else "")
         lines.append([model, *cells])
-    print(f"\n{title}\n")
-    print_table(["model", *sets], lines)
+    print_table([f"{score}, % (std)", *sets], lines)
+    print()
 
 
-def print_differences(rows):
-    """Differences of balanced accuracy per set, over seeds, and their mean over sets."""
+def print_differences(rows, column, score):
+    """Differences of a column per set, over seeds, and their mean over sets."""
     sets, table = values_of(rows, "set"), {}
     for name in sets:
-        for title, values in differences(select(rows, set=name)).items():
+        for title, values in differences(select(rows, set=name), column).items():
             table.setdefault(title, []).append(values)
     lines = []
     for title, of_sets in table.items():
         mean = np.mean([np.mean(values) for values in of_sets])
         lines.append([title, *map(over_seeds, of_sets), f"{mean:+.1f}"])
-    print("\nbalanced accuracy, points: mean over seeds ± half a 95 % interval over them\n")
-    print_table(["", *sets, "mean"], lines)
-    for name in sets:
-        print(f"\n{name}: the stand-alone student's better length is that of "
-              f"{patient_enough(select(rows, set=name))}, by validation", end="")
-    print()
+    print_table([f"{score}, points", *sets, "mean"], lines)
 
 
 def print_sets(rows):
@@ -181,7 +172,8 @@ def print_sets(rows):
         tests = {row["test_set"]: row["n"] for row in of_set}
         counts = ", ".join(f"{test} {n}" for test, n in tests.items())
         seeds = ", ".join(sorted(values_of(of_set, "seed")))
-        print(f"{name}: {of_set[0]['size']} px; seeds {seeds}; test pictures: {counts}")
+        print(f"{name}: {of_set[0]['size']} px; seeds {seeds}; test pictures: {counts}; by "
+              f"validation {patient_enough(of_set)} is the stand-alone student's better length")
 
 
 def main():
@@ -203,10 +195,14 @@ def main():
                 run(name, seed, args)
 
     rows = read_rows(args.csv)
+    with_good = [row for row in rows if row["auroc"]]
     print_sets(rows)
-    print_models(rows, "balanced_accuracy", "balanced accuracy in %, over seeds: mean (std)")
-    print_models(rows, "accuracy", "accuracy in %, over seeds: mean (std)")
-    print_differences(rows)
+    print()
+    for column, score, chosen in (("balanced_accuracy", "balanced accuracy", rows),
+                                  ("auroc", "AUROC", with_good), ("accuracy", "accuracy", rows)):
+        print_models(chosen, column, score)
+        print_differences(chosen, column, score)
+        print()
 
 
 if __name__ == "__main__":
