@@ -88,8 +88,8 @@ ROWS = {
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
-    "group", "set", "seed", "start", "ablation", "n", "accuracy", "balanced_accuracy", "nll",
-    "steps", "seconds", "code",
+    "group", "set", "seed", "start", "ablation", "n", "accuracy", "balanced_accuracy", "auroc",
+    "nll", "steps", "seconds", "code",
 )
 
 
@@ -199,13 +199,12 @@ def rows_of_curves():
             yield {**row, "group": GROUP, "ablation": ablation}
 
 
-def print_group(rows, group):
-    """Balanced accuracy per set, and the mean difference to the group's base."""
-    rows, base = select(rows, group=group), BASES[group]
-    scores = {}
+def print_group(rows, group, column, title):
+    """A column of a group's rows per set, and its mean difference to the group's base."""
+    base, scores = BASES[group], {}
     for row in rows:
         key = row["ablation"], row["set"], row["seed"]
-        scores[key] = 100 * float(row["balanced_accuracy"])
+        scores[key] = 100 * float(row[column])
     sets = values_of(rows, "set")
 
     lines = []
@@ -225,7 +224,7 @@ def print_group(rows, group):
         if own:
             lines.append([ablation, *cells, difference])
     print(f"\n{group}: {len(values_of(rows, 'seed'))} seeds\n")
-    print_table(["balanced accuracy, %", *sets, f"minus {base}, points"], lines)
+    print_table([f"{title}, %", *sets, f"minus {base}, points"], lines)
     print_caption(rows)
 
 
@@ -263,7 +262,11 @@ def main():
                     run(name, row, seed, args)
     rows = [*rows_of_curves(), *read_rows(args.csv)]
     for group in values_of(rows, "group"):
-        print_group(rows, group)
+        of_group = select(rows, group=group)
+        print_group(of_group, group, "balanced_accuracy", "balanced accuracy")
+        with_auroc = [row for row in of_group if row["auroc"]]
+        if with_auroc:
+            print_group(with_auroc, group, "auroc", "AUROC")
     print("\n±: half the width of a 95 % interval, in the last column over sets and seeds")
 
 

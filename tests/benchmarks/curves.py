@@ -40,9 +40,10 @@ LENGTHS, TAUGHT = (500, 2000, 8000), tuple(sets.TAUGHT.items())
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
 SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")
+COLUMNS = ("balanced_accuracy", "auroc", "nll")  # of the tables
 FIELDS = (
-    "set", "seed", "model", "steps", "n", "accuracy", "balanced_accuracy", "nll", "val_accuracy",
-    "val_balanced_accuracy", "seconds", "code",
+    "set", "seed", "model", "steps", "n", "accuracy", "balanced_accuracy", "auroc", "nll",
+    "val_accuracy", "val_balanced_accuracy", "seconds", "code",
 )
 
 
@@ -90,7 +91,8 @@ def score(path, pictures, home):
     """What a model says of the development pictures: the columns from n to seconds."""
     scores = evaluated(path, pictures, home)
     last = read_rows(path.parent / "log.csv")[-1] if path.name == "model.pt" else {}
-    found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
+    found = [scores.get(key) for key in ("accuracy", "balanced_accuracy", "auroc", "nll")]
+    found = ["" if value is None else round(value, 5) for value in found]  # no good class, no AUROC
     found += [last.get(key, "") for key in ("val_accuracy", "val_balanced_accuracy", "seconds")]
     return [scores["n"], *found]
 
@@ -141,18 +143,17 @@ def student(name, steps, ensemble, task, home, seed, args, *more):
 # ------------------------------------------------------------------------------- picture, tables
 
 
-def by_length(rows):
-    """{steps: (balanced accuracies in %, NLLs), one per seed} of some rows, by their steps."""
+def by_length(rows, column):
+    """{steps: values of a column, one per seed} of some rows, by their steps."""
     found = {}
     for row in sorted(rows, key=lambda row: int(row["steps"])):
-        accuracies, losses = found.setdefault(int(row["steps"]), ([], []))
-        accuracies.append(100 * float(row["balanced_accuracy"]))
-        losses.append(float(row["nll"]))
+        if row[column]:
+            found.setdefault(int(row["steps"]), []).append(float(row[column]))
     return found
 
 
 def print_curves(rows):
-    """A table per set: balanced accuracy and NLL of each model at each length, over seeds."""
+    """A table per set: each model at each length, mean (std) over seeds, and NLL."""
     for name in [name for name in SETS if select(rows, set=name)]:
         of_set = select(rows, set=name)
         lengths = sorted({int(row["steps"]) for row in of_set})
@@ -160,34 +161,44 @@ def print_curves(rows):
         print(f"\n{name}: seeds {seeds}, {of_set[0]['n']} development pictures\n")
         lines = []
         for model in MODELS:
-            found = by_length(select(of_set, model=model))
-            cells = ["" for _ in lengths]
-            for steps, (accuracies, losses) in found.items():
-                cells[lengths.index(steps)] = f"{with_std(accuracies)}, {np.mean(losses):.2f}"
+            of_model, cells = select(of_set, model=model), []
+            balanced, auroc, nll = (by_length(of_model, column) for column in COLUMNS)
+            for steps in lengths:
+                parts = [with_std(100 * np.array(each[steps])) for each in (balanced, auroc)
+                         if steps in each]
+                parts += [f"{np.mean(nll[steps]):.2f}"] if steps in nll else []
+                cells.append(", ".join(parts))
             lines.append([model, *cells])
-        head = "balanced accuracy, % (std), and NLL"
+        with_auroc = any(row["auroc"] for row in of_set)
+        head = "balanced accuracy, AUROC, NLL" if with_auroc else "balanced accuracy, NLL"
         print_table([head, *(f"{n} steps" for n in lengths)], lines)
 
 
 def draw_curves(rows, path):
-    """One panel per set: a line through the means over seeds, a dot for each of them."""
+    """One panel per set: a line through the means over seeds, a dot for each of them.
+
+    AUROC where a class is good, else balanced accuracy.
+    """
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "curves"  # the same file each time
     sets = [name for name in SETS if select(rows, set=name)]
     figure, panels = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.6), squeeze=False)
     for panel, name in zip(panels[0], sets):
+        of_set = select(rows, set=name)
+        column = "auroc" if any(row["auroc"] for row in of_set) else "balanced_accuracy"
         for number, model in enumerate(MODELS):
-            found = by_length(select(rows, set=name, model=model))
-            means = [np.mean(accuracies) for accuracies, _ in found.values()]
+            found = by_length(select(of_set, model=model), column)
+            means = [100 * np.mean(values) for values in found.values()]
             (line,) = panel.plot(list(found), means, color=f"C{number}", label=model, marker="_")
-            for steps, (accuracies, _) in found.items():
-                panel.plot([steps] * len(accuracies), accuracies, ".", color=line.get_color())
-        panel.set(title=name, xscale="log", xlim=(400, 10_000), xlabel="steps")
+            for steps, values in found.items():
+                percents = 100 * np.array(values)
+                panel.plot([steps] * len(values), percents, ".", color=line.get_color())
+        title = {"auroc": "AUROC, %", "balanced_accuracy": "balanced accuracy, %"}[column]
+        panel.set(title=name, xscale="log", xlim=(400, 10_000), xlabel="steps", ylabel=title)
         panel.set(xticks=LENGTHS, xticklabels=LENGTHS)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("balanced accuracy, %")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(MODELS), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
