@@ -84,6 +84,10 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
+    "the same, and a quarter of the CNN's steps": Row(teachers=(FROZEN, (TEACHERS[1], 500))),
+    "a frozen transformer, crops down to 0.6": Row(
+        ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
+    ),
     "cross-fitted teachers": Row(cross_fitted=True),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
