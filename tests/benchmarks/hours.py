@@ -5,8 +5,8 @@
 
 Runs every stage at two short lengths, takes the slope as the cost of a step (or of a stored view)
 and prints the time of the default length. What does not grow with the length, the start, decoding,
-ten validations and the export, is in both runs. The pictures are drawn patterns of 640 x 480 px and
-the networks start from scratch, which costs the same. Leave the machine alone meanwhile.
+ten validations and the export, is in both runs. The pictures are drawn patterns of 480 x 480 px and
+the networks' weights are random, which costs the same. Leave the machine alone meanwhile.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from bench import call, machine, make_pictures, print_table
-from sets import TAUGHT, TEACHERS
+from sets import TAUGHT, TEACHERS, TRANSFORMER
 
 import build_ensemble
 import distill
@@ -42,8 +42,12 @@ def stages(home, args):
     """(name, command words that a number ends, two lengths, the default length) of each stage."""
     data = ["--data-dir", home / "data", "--overwrite"]
     size = ["--view-size", args.view_size] if args.view_size else []
+    start = home / "start"  # a network to keep as it is
+    begin = ["train_teacher.py", *data, *size, "--model"]
+    call(*begin, TRANSFORMER, "--output", start, "--steps", 1, "--device", args.device)
+    kept = ["--weights", start / TRANSFORMER / "model.pt", "--frozen", TRANSFORMER]
     for name, steps in TAUGHT.items():
-        words = ["train_teacher.py", *data, *size, "--model", name, "--output", home, "--steps"]
+        words = [*begin, name, *(kept if name == TRANSFORMER else []), "--output", home, "--steps"]
         yield f"{name}, {steps} steps", words, STEPS, steps
     teachers = [home / name / "model.pt" for name in TEACHERS]
     labelled = args.pictures - args.pictures // 5  # the rest validates
