@@ -229,18 +229,21 @@ def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):
     assert rate() == 3e-3 and rate("--pretrained") == 1e-3 and rate("--lr", "0.1") == 0.1
 
 
-def test_of_a_frozen_teacher_only_the_head_is_trained(inside, tmp_path, capfd):
-    start = timm.create_model("test_vit", num_classes=3).state_dict()
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])  # one has batch statistics
+def test_of_a_frozen_teacher_only_the_head_is_trained(inside, tmp_path, capfd, name):
+    network = timm.create_model(name, num_classes=3)
+    start, head = network.state_dict(), network.get_classifier().state_dict()
     torch.save(start, tmp_path / "w.pth")
-    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_vit", "--frozen",
-             "test_vit", "--steps", 3, "--output", tmp_path, *CPU)
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", name, "--frozen",
+             name, "--steps", 3, "--output", tmp_path, *CPU)
     assert call(train_teacher.main, *words) == 2
     assert "--frozen: needs weights" in capfd.readouterr().err
     assert call(train_teacher.main, *words, "--weights", tmp_path / "w.pth") == 0
-    trained = load_checkpoint(tmp_path / "test_vit" / "model.pt")["state_dict"]
-    moved = {name for name in start if name != "pos_embed"  # is resized to the pictures
-             and not torch.equal(trained[f"backbone.{name}"], start[name])}
-    assert moved == {"head.weight", "head.bias"}
+    trained = load_checkpoint(tmp_path / name / "model.pt")["state_dict"]
+    moved = {key for key in start if key != "pos_embed"  # is resized to the pictures
+             and not torch.equal(trained[f"backbone.{key}"], start[key])}
+    slot = {"test_vit": "head", "test_resnet": "fc"}[name]
+    assert moved == {f"{slot}.{key}" for key in head}
 
 
 def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp_path):
