@@ -3,7 +3,7 @@
     python train_teacher.py                                # the embedded set, two default teachers
     python train_teacher.py --steps 50 --model resnet10t   # seconds on a laptop
     python train_teacher.py --data-dir my_parts --pretrained \\
-        --model vit_small_patch14_dinov2 tf_efficientnet_lite0
+        --model vit_small_patch14_dinov2 tf_efficientnet_lite0 --frozen vit_small_patch14_dinov2
     torchrun --standalone --nproc-per-node 4 train_teacher.py -b 96  # a process per GPU
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where it exists (else part of train is held out)
@@ -33,10 +33,10 @@ from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS
 
-STEPS = 2000  # 500 are enough for a pretrained transformer (tests/benchmarks/README.md, curves)
+PASSES, FEWEST, MOST = 60, 500, 2000  # over the labels, and steps: more are learnt by heart
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
-FROZEN_LR = 3e-3  # of a head alone
+FROZEN_STEPS, FROZEN_LR = 500, 3e-3  # of a head alone
 EMBEDDED_STEPS = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # a few minutes
 EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes on two cores
 VAL_FRACTION = 0.2
@@ -62,11 +62,12 @@ def parse_arguments():
                        help="start from weight files in timm's names or model.pt, one per --model")
     p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
                    help="models of --model that keep their weights: only the new head is trained, "
-                   "in a third of the time")
+                   "in a third of the time; the better lesson from DINOv2 and its like")
     p.add_argument("--steps", type=cli.positive_int, nargs="+", action="extend",
                    metavar="N",
                    help="batches to train on, one number for all models or one for each "
-                   f"(default: {STEPS})")
+                   f"(default: {PASSES} passes over the labelled pictures, at least {FEWEST} and "
+                   f"at most {MOST}; {FROZEN_STEPS} for --frozen)")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation, order and views (default: %(default)s)")
@@ -129,7 +130,7 @@ def main():
             with distributed.first_then_others():
                 model, groups = create(number, dataset, img_sizes[number], args)
             model.to(device, memory_format=torch.channels_last)
-            schedule = plan(number, dataset, args)
+            schedule = plan(number, len(train), dataset, args)
             run = training.Run(model, groups, schedule, homes[number], {
                 "kind": "teacher",
                 "model": name,
@@ -324,17 +325,21 @@ def create(number, dataset, img_size, args):
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)
 
 
-def plan(number, dataset, args):
-    """The schedule of one teacher."""
-    embedded = folders.is_embedded(dataset["dir"])
-    from_scratch = not (args.pretrained or args.weights)
-    steps = EMBEDDED_STEPS.get(args.model[number], STEPS) if embedded else STEPS
+def plan(number, pictures, dataset, args):
+    """The schedule of one teacher, for that many labelled pictures."""
+    name, steps, lr = args.model[number], default_steps(pictures, args.batch_size), LR
+    if folders.is_embedded(dataset["dir"]) and not (args.pretrained or args.weights):
+        steps, lr = EMBEDDED_STEPS.get(name, steps), EMBEDDED_LR
+    if name in args.frozen:
+        steps, lr = FROZEN_STEPS, FROZEN_LR
     if args.steps:
         steps = args.steps[number % len(args.steps)]
-    lr = EMBEDDED_LR if embedded and from_scratch else LR
-    if args.model[number] in args.frozen:
-        lr = FROZEN_LR
     return training.Schedule(steps, args.lr or lr, args.clip_grad, args.seed)
+
+
+def default_steps(pictures, batch_size):
+    """How long to train on so many pictures (tests/benchmarks/README.md, curves)."""
+    return min(max(FEWEST, PASSES * pictures // batch_size), MOST)
 
 
 def fit(run, train, val, recipe, args):

@@ -220,13 +220,22 @@ def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
         train_teacher.choose_img_size("convit_tiny", [80, 208], [80, 208])
 
 
-def test_the_embedded_set_is_fine_tuned_at_the_rate_of_fine_tuning(monkeypatch):
-    def rate(*words):
+def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
+    def plan(*words):
         monkeypatch.setattr("sys.argv", ["train_teacher.py", *words])
         dataset = {"dir": "data/fasteners"}
-        return train_teacher.plan(0, dataset, train_teacher.parse_arguments()).lr
+        schedule = train_teacher.plan(0, 108, dataset, train_teacher.parse_arguments())
+        return schedule.steps, schedule.lr
 
-    assert rate() == 3e-3 and rate("--pretrained") == 1e-3 and rate("--lr", "0.1") == 0.1
+    assert plan() == (235, 3e-3) and plan("--pretrained") == (500, 1e-3)
+    assert plan("--steps", "7", "--lr", "0.1") == (7, 0.1)
+
+
+@pytest.mark.parametrize("labels, batch, steps", [
+    (60, 24, 500), (480, 24, 1200), (480, 48, 600), (5000, 24, 2000),
+])
+def test_a_teacher_sees_its_labels_sixty_times_within_bounds(labels, batch, steps):
+    assert train_teacher.default_steps(labels, batch) == steps
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])  # one has batch statistics

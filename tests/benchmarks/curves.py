@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import sets
 from bench import (
     append_rows,
     call,
@@ -36,7 +35,7 @@ from common.files import load_json
 
 SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
 SIZE = 64
-LENGTHS, TAUGHT = (500, 2000, 8000), tuple(sets.TAUGHT.items())
+LENGTHS, TAUGHT = (500, 2000, 8000), ((TEACHERS[0], 500), (TEACHERS[1], 2000))
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
 SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")

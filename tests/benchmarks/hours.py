@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 
 from bench import call, machine, make_pictures, print_table
-from sets import TAUGHT, TEACHERS, TRANSFORMER
+from sets import TEACHERS, TRANSFORMER
 
 import build_ensemble
 import distill
+import train_teacher
 from common import cli
 
 STEPS, VIEWS = (20, 60), (1, 4)  # the two lengths
-CLASSES = 3
+CLASSES, BATCH = 3, 24
 
 
 def seconds_of(script, *words):
@@ -40,17 +41,18 @@ def at_length(measured, lengths, wanted):
 
 def stages(home, args):
     """(name, command words that a number ends, two lengths, the default length) of each stage."""
+    labelled = args.pictures - args.pictures // 5  # the rest validates
     data = ["--data-dir", home / "data", "--overwrite"]
     size = ["--view-size", args.view_size] if args.view_size else []
     start = home / "start"  # a network to keep as it is
     begin = ["train_teacher.py", *data, *size, "--model"]
     call(*begin, TRANSFORMER, "--output", start, "--steps", 1, "--device", args.device)
     kept = ["--weights", start / TRANSFORMER / "model.pt", "--frozen", TRANSFORMER]
-    for name, steps in TAUGHT.items():
+    lengths = train_teacher.FROZEN_STEPS, train_teacher.default_steps(labelled, BATCH)
+    for name, steps in zip(TEACHERS, lengths):
         words = [*begin, name, *(kept if name == TRANSFORMER else []), "--output", home, "--steps"]
         yield f"{name}, {steps} steps", words, STEPS, steps
     teachers = [home / name / "model.pt" for name in TEACHERS]
-    labelled = args.pictures - args.pictures // 5  # the rest validates
     views = build_ensemble.default_views(labelled + args.pool, args.pool)
     words = ["build_ensemble.py", *teachers, "--output", home / "ensemble", *data, "--views"]
     yield f"ensemble, {views} views", words, VIEWS, views

@@ -23,7 +23,6 @@ from common.files import UserError
 from common.folders import EMBEDDED, data_folder
 
 TRANSFORMER, CNN = TEACHERS = ("vit_small_patch14_dinov2", "tf_efficientnet_lite0")
-TAUGHT = {TRANSFORMER: 500, CNN: 2000}  # steps of the teachers, as in the repository's README
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,14 @@ def group_of(task, file):
 # ------------------------------------------------------------------------------------- teachers
 
 
-def teach(task, pictures, home, weights, seed, *more, steps=TAUGHT):
-    """The stage that trains teachers, {name: steps}: (name, command words)."""
-    files = [weights / f"{name}.safetensors" for name in steps]
+def teach(task, pictures, home, weights, seed, *more, steps=None):
+    """The stage that trains both teachers, or those of {name: steps}: (name, command words)."""
+    names = list(steps or TEACHERS)
+    files = [weights / f"{name}.safetensors" for name in names]
     words = ["train_teacher.py", "--data-dir", pictures, "--view-size", task.size]
-    words += ["--model", *steps, "--weights", *files, "--output", home]
-    words += ["--steps", *steps.values(), *task.flags, *more]
+    words += ["--model", *names, "--weights", *files, "--output", home, *task.flags, *more]
+    if steps:
+        words += ["--steps", *steps.values()]
     if task.views:
         words += ["--view-recipe", *task.views]
     if task.group and not task.labelled:
