@@ -3,7 +3,7 @@
     python tests/benchmarks/accuracy.py --data DIR --weights DIR --student-weights FILE
     python tests/benchmarks/accuracy.py --table                      # from the CSV alone, 5 s
 
-Runs the scripts as the repository's README has them, on the sets of sets.py, in
+Runs the commands of the repository's README, on the sets of sets.py, in
 runs/accuracy/<set>/seed_N/; a stage that finished is not run again, and a set and seed whose rows
 are in the CSV is skipped (its folder, 0.9 GB, may go). The seed chooses the labelled pictures,
 initialisation, order and views.
@@ -72,7 +72,8 @@ def run(name, seed, args):
     pictures = pictures_of(task, args.data, home, seed)
     todo = stages(task, pictures, home, args.weights, seed, args.student_weights)
     seconds = run_stages(todo, home)
-    append_rows(args.csv, FIELDS, results([name, task.size, seed], home, seconds))
+    height, width = load_json(home / "ensemble" / "ensemble.json")["dataset"]["view_size"]
+    append_rows(args.csv, FIELDS, results([name, f"{height}x{width}", seed], home, seconds))
 
 
 def results(key, home, seconds):

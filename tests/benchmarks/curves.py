@@ -34,7 +34,7 @@ from common import cli
 from common.files import load_json
 
 SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
-SIZE = 64
+SIZE = "64"
 LENGTHS, TAUGHT = (500, 2000, 8000), ((TEACHERS[0], 500), (TEACHERS[1], 2000))
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")

@@ -49,7 +49,7 @@ def lay_out(source, per_class, home, seed):
 
 def stages(home, weights, seed):
     """(name, command words) of one seed."""
-    task, steps = Task("", size=SIDE), dict.fromkeys(TEACHERS, STEPS)
+    task, steps = Task("", size=str(SIDE)), dict.fromkeys(TEACHERS, STEPS)
     teachers = [home / name / "model.pt" for name in TEACHERS]
     build = ["build_ensemble.py", *teachers, "--views", VIEWS, "--output", home / "ensemble"]
     return [

@@ -30,7 +30,7 @@ class Task:
     """One set as it is used here.
 
     labelled: pictures per class, 0 for all, of which train_teacher.py then holds a fifth out;
-    size: --view-size; group: regular expression, pictures of one part or photo stay on one side of
+    size: --view-size, where it is not train_teacher.py's own; group: regular expression, pictures of one part or photo stay on one side of
     train and val; views: changes of the view recipe, chosen on training pictures; flags: of
     train_teacher.py and distill.py alike.
     """
@@ -38,7 +38,7 @@ class Task:
     folder: str
     labelled: int = 0
     pool: bool = False
-    size: int | str = 64
+    size: str = ""
     group: str = ""
     views: tuple = ()
     flags: tuple = ()
@@ -50,8 +50,8 @@ TASKS = {
     "neu_cls_10": Task("neu_cls", 10, pool=True),
     "embedded": Task("embedded", pool=True),
     "elpv_all": Task("elpv", flags=BALANCED),
-    "ballscrew": Task("ballscrew", size="48x112", group=r"(\d{6}_\d{3})-", flags=BALANCED),
-    "mvtec_screw": Task("mvtec_screw", size=160, views=("rotate=180",), flags=BALANCED),
+    "ballscrew": Task("ballscrew", group=r"(\d{6}_\d{3})-", flags=BALANCED),
+    "mvtec_screw": Task("mvtec_screw", size="224", views=("rotate=180",), flags=BALANCED),
 }
 
 
@@ -159,8 +159,10 @@ def teach(task, pictures, home, weights, seed, *more, steps=None):
     """The stage that trains both teachers, or those of {name: steps}: (name, command words)."""
     names = list(steps or TEACHERS)
     files = [weights / f"{name}.safetensors" for name in names]
-    words = ["train_teacher.py", "--data-dir", pictures, "--view-size", task.size]
-    words += ["--model", *names, "--weights", *files, "--output", home, *task.flags, *more]
+    words = ["train_teacher.py", "--data-dir", pictures, "--model", *names, "--weights", *files]
+    words += ["--output", home, *task.flags, *more]
+    if task.size:
+        words += ["--view-size", task.size]
     if steps:
         words += ["--steps", *steps.values()]
     if task.views:
