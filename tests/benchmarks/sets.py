@@ -30,9 +30,9 @@ class Task:
     """One set as it is used here.
 
     labelled: pictures per class, 0 for all, of which train_teacher.py then holds a fifth out;
-    size: --view-size, where it is not train_teacher.py's own; group: regular expression, pictures of one part or photo stay on one side of
-    train and val; views: changes of the view recipe, chosen on training pictures; flags: of
-    train_teacher.py and distill.py alike.
+    size: --view-size, where it is not train_teacher.py's own; group: regular expression, pictures
+    of one part or photo stay on one side of train and val; views: changes of the view recipe,
+    chosen on training pictures; flags: of train_teacher.py and distill.py alike.
     """
 
     folder: str
