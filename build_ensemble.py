@@ -34,9 +34,9 @@ from common.losses import fit_temperature, fit_weights, product_of_experts
 from common.metrics import score
 from common.views import ViewRecipe, render
 
-# Stored by default: about what 400 steps of 24 see once. Labelled pictures alone are few, and a
-# student that sees the same views of them again learns them by heart.
-PICTURE_VIEWS, LABELLED_VIEWS = 10_000, 20_000
+# Stored by default: of few pictures many views, since a student learns those by heart that it sees
+# again. The embedded set's student sees only few.
+PICTURE_VIEWS, FEWEST_VIEWS = 20_000, 4
 OF_TEACHER = ("weights_sha256", "model", "img_size")  # what ensemble.json says of each
 NOISE = 1e-3  # of a logit, for --check: what float32 adds up to over the layers
 # Seeds from here on are no teacher's: where it was trained, it would repeat the label.
@@ -49,7 +49,8 @@ def parse_arguments():
                    help="teachers' model.pt (default: every teacher in runs/*/model.pt)")
     p.add_argument("--views", type=cli.positive_int,
                    help="augmented views to store, beside the plain one (default: as many as make "
-                   f"{PICTURE_VIEWS} picture-views, {LABELLED_VIEWS} without a pool, at least 4)")
+                   f"{PICTURE_VIEWS} picture-views, at least {FEWEST_VIEWS}; {FEWEST_VIEWS} for the "
+                   "embedded set)")
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
@@ -131,7 +132,7 @@ def build(args):
         cli.lap("label errors")
 
     # The views that an earlier start has not stored.
-    views = args.views or default_views(len(pictures), pool)
+    views = args.views or default_views(len(pictures), dataset["dir"])
     absent = torch.zeros(1 + views)  # of processes but the first it stays zero
     if distributed.rank() == 0:
         absent[missing_views(folder, 1 + views)] = 1
@@ -148,9 +149,11 @@ def build(args):
 # --------------------------------------------------------------------------- teachers and pictures
 
 
-def default_views(count, pool):
-    """How many views to store beside the plain one, of `count` pictures with or without a pool."""
-    return max(4, (PICTURE_VIEWS if pool else LABELLED_VIEWS) // count)
+def default_views(count, folder):
+    """How many views to store beside the plain one, of `count` pictures of a data folder."""
+    if folders.is_embedded(folder):
+        return FEWEST_VIEWS
+    return max(FEWEST_VIEWS, PICTURE_VIEWS // count)
 
 
 def find_teachers():

@@ -53,7 +53,7 @@ def stages(home, args):
         words = [*begin, name, *(kept if name == TRANSFORMER else []), "--output", home, "--steps"]
         yield f"{name}, {steps} steps", words, STEPS, steps
     teachers = [home / name / "model.pt" for name in TEACHERS]
-    views = build_ensemble.default_views(labelled + args.pool, args.pool)
+    views = build_ensemble.default_views(labelled + args.pool, home / "data")
     words = ["build_ensemble.py", *teachers, "--output", home / "ensemble", *data, "--views"]
     yield f"ensemble, {views} views", words, VIEWS, views
     for name, alpha in (("distilled", 0.9), ("stand-alone", 0)):
