@@ -49,8 +49,8 @@ def parse_arguments():
                    help="teachers' model.pt (default: every teacher in runs/*/model.pt)")
     p.add_argument("--views", type=cli.positive_int,
                    help="augmented views to store, beside the plain one (default: as many as make "
-                   f"{PICTURE_VIEWS} picture-views, at least {FEWEST_VIEWS}; {FEWEST_VIEWS} for the "
-                   "embedded set)")
+                   f"{PICTURE_VIEWS} picture-views, at least {FEWEST_VIEWS}, which the embedded "
+                   "set has)")
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
