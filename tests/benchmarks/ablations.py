@@ -70,12 +70,11 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
+SHORT = (FROZEN, (TEACHERS[1], 500))
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
     "crops down to 0.5 of the side": Row(("--view-recipe", "zoom_min=0.5")),
-    "8 views a picture": Row(("--views", 8)),  # the default of elpv_100
-    "20 views a picture": Row(("--views", 20)),  # and of elpv_all
     "alpha 0.5": Row(student=("--alpha", 0.5)),
     "temperature 4": Row(student=("--temperature", 4)),
     "twice the steps": Row(steps=2),
@@ -84,7 +83,8 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
-    "the same, and a quarter of the CNN's steps": Row(teachers=(FROZEN, (TEACHERS[1], 500))),
+    "a frozen transformer, CNN of 500 steps": Row(teachers=SHORT),
+    "a frozen transformer, CNN of 500 steps, 8 views": Row(("--views", 8), teachers=SHORT),
     "a frozen transformer, crops down to 0.6": Row(
         ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
     ),
