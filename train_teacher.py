@@ -33,7 +33,8 @@ from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS
 
-PASSES, FEWEST, MOST = 60, 500, 2000  # over the labels, and steps: more are learnt by heart
+# By default a teacher sees its labels 60 times: with more it learns them by heart, and teaches so.
+PASSES, FEWEST, MOST = 60, 500, 2000  # the last two in steps
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
 FROZEN_STEPS, FROZEN_LR = 500, 3e-3  # of a head alone
