@@ -25,6 +25,7 @@ from bench import (
     run_stages,
     select,
     this_commit,
+    values_of,
     with_std,
 )
 from sets import TASKS as AS_TESTED
@@ -174,9 +175,8 @@ def print_curves(rows):
 
 
 def draw_curves(rows, path):
-    """One panel per set: a line through the means over seeds, a dot for each of them.
-
-    AUROC where a class is good, else balanced accuracy.
+    """One panel per set, a line per model and seed: AUROC where a class is good, else balanced
+    accuracy.
     """
     import matplotlib.pyplot as plt
 
@@ -187,12 +187,11 @@ def draw_curves(rows, path):
         of_set = select(rows, set=name)
         column = "auroc" if any(row["auroc"] for row in of_set) else "balanced_accuracy"
         for number, model in enumerate(MODELS):
-            found = by_length(select(of_set, model=model), column)
-            means = [100 * np.mean(values) for values in found.values()]
-            (line,) = panel.plot(list(found), means, color=f"C{number}", label=model, marker="_")
-            for steps, values in found.items():
-                percents = 100 * np.array(values)
-                panel.plot([steps] * len(values), percents, ".", color=line.get_color())
+            for seed in sorted(values_of(of_set, "seed")):
+                found = by_length(select(of_set, model=model, seed=seed), column)
+                values = 100 * np.array(list(found.values())).reshape(-1)
+                label = model if seed == min(values_of(of_set, "seed")) else None
+                panel.plot(list(found), values, ".-", color=f"C{number}", label=label)
         title = {"auroc": "AUROC, %", "balanced_accuracy": "balanced accuracy, %"}[column]
         panel.set(title=name, xscale="log", xlim=(400, 10_000), xlabel="steps", ylabel=title)
         panel.set(xticks=LENGTHS, xticklabels=LENGTHS)
