@@ -99,6 +99,7 @@ def evaluate(args):
     summary = {
         "models": results,
         "classes": first.dataset["classes"],
+        "good_classes": [first.dataset["classes"][number] for number in good],
         "baseline": baseline,
         "audit": findings,
         "audit_lines": lines,
@@ -230,9 +231,10 @@ def find_tests(data_dir):
 
 
 def good_numbers(tested, classes):
-    """Numbers of the classes that are no defect, as a student was told, or by their names."""
+    """Numbers of the classes that are no defect, as a file or a student says, or by their names."""
     headers = [model.header for model in tested.values()]
-    told = [each.get("good_classes") or each.get("args", {}).get("good_class") for each in headers]
+    told = [each["good_classes"] for each in headers if each.get("good_classes")]
+    told += [each["args"]["good_class"] for each in headers if each.get("kind") == "student"]
     good = metrics.good_classes(classes, next(filter(None, told), None))
     return metrics.numbers_of(good, classes)
 

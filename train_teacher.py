@@ -68,7 +68,8 @@ def parse_arguments():
                    metavar="N",
                    help="batches to train on, one number for all models or one for each "
                    f"(default: {PASSES} passes over the labelled pictures, at least {FEWEST} and "
-                   f"at most {MOST}; {FROZEN_STEPS} for --frozen)")
+                   f"at most {MOST}; {FROZEN_STEPS} for --frozen; fewer for the embedded set from "
+                   "scratch)")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation, order and views (default: %(default)s)")
@@ -95,7 +96,8 @@ def parse_arguments():
                    help="value that is white where pictures have more than 8 bits; 4095 for a "
                    "12-bit camera, 1 for fractions (default: %(default)s)")
     cli.add_leak_flags(g)
-    cli.add_training_flags(p, None, f"(default: {LR:g}; {EMBEDDED_LR:g} for the embedded set)")
+    rates = f"(default: {LR:g}; {FROZEN_LR:g} for --frozen, or the embedded set from scratch)"
+    cli.add_training_flags(p, None, rates)
     cli.add_common_flags(p)
     return p.parse_args()
 
@@ -339,7 +341,7 @@ def plan(number, pictures, dataset, args):
 
 
 def default_steps(pictures, batch_size):
-    """How long to train on so many pictures (tests/benchmarks/README.md, curves)."""
+    """How long to train on so many pictures (tests/benchmarks/README.md, ablations)."""
     return min(max(FEWEST, PASSES * pictures // batch_size), MOST)
 
 

@@ -70,7 +70,7 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
-SHORT = (FROZEN, (TEACHERS[1], 500))
+HALF_FROZEN = (FROZEN, (TEACHERS[1], 500))  # and the other one a quarter as long
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
@@ -83,8 +83,8 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
-    "a frozen transformer, CNN of 500 steps": Row(teachers=SHORT),
-    "a frozen transformer, CNN of 500 steps, 8 views": Row(("--views", 8), teachers=SHORT),
+    "a frozen transformer, CNN of 500 steps": Row(teachers=HALF_FROZEN),
+    "a frozen transformer, CNN of 500 steps, 8 views": Row(("--views", 8), teachers=HALF_FROZEN),
     "a frozen transformer, crops down to 0.6": Row(
         ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
     ),
@@ -229,7 +229,6 @@ def print_group(rows, group, column, title):
             lines.append([ablation, *cells, difference])
     print(f"\n{group}: {len(values_of(rows, 'seed'))} seeds\n")
     print_table([f"{title}, %", *sets, f"minus {base}, points"], lines)
-    print_caption(rows)
 
 
 def print_caption(rows):
@@ -267,10 +266,11 @@ def main():
     rows = [*rows_of_curves(), *read_rows(args.csv)]
     for group in values_of(rows, "group"):
         of_group = select(rows, group=group)
-        print_group(of_group, group, "balanced_accuracy", "balanced accuracy")
-        with_auroc = [row for row in of_group if row["auroc"]]
-        if with_auroc:
-            print_group(with_auroc, group, "auroc", "AUROC")
+        for column, title in (("auroc", "AUROC"), ("balanced_accuracy", "balanced accuracy")):
+            with_column = [row for row in of_group if row[column]]
+            if with_column:
+                print_group(with_column, group, column, title)
+        print_caption(of_group)
     print("\n±: half the width of a 95 % interval, in the last column over sets and seeds")
 
 

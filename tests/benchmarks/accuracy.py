@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from bench import (
     append_rows,
+    combined_interval,
     half_width,
     print_table,
     read_rows,
@@ -33,7 +34,7 @@ from sets import CNN, TASKS, TEACHERS, TRANSFORMER, add_sources, pictures_of, te
 from common import cli
 from common.files import load_json
 
-STEPS = 2000  # of students, the default
+STEPS = 2000  # of students: the default for pictures of one's own
 STUDENTS = {"alone_short": (STEPS // 4, 0), "alone": (STEPS, 0), "distilled": (STEPS, 0.9)}
 SCORES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 FIELDS = (
@@ -104,8 +105,8 @@ def mean_of_tests(rows, column):
             for seed in sorted(values_of(rows, "seed"))}
 
 
-def patient_enough(rows):
-    """Which stand-alone student of a set is at its better length: validation decides."""
+def better_alone(rows):
+    """The name of the stand-alone student of a set at its better length: validation decides."""
     names = [name for name, (_, alpha) in STUDENTS.items() if alpha == 0]
     on_val = [np.mean([float(row["val_balanced_accuracy"]) for row in select(rows, model=name)])
               for name in names]
@@ -116,7 +117,7 @@ def differences(rows, column):
     """{title: a difference of a column in points per seed} of one set."""
     found = {model: mean_of_tests(select(rows, model=model), column)
              for model in values_of(rows, "model")}
-    at_its_best, seeds = found[patient_enough(rows)], list(found["distilled"])
+    at_its_best, seeds = found[better_alone(rows)], list(found["distilled"])
 
     def minus(a, b):
         return [a[seed] - b[seed] for seed in seeds]
@@ -166,6 +167,17 @@ def print_differences(rows, column, score):
     print_table([f"{score}, points", *sets, "mean"], lines)
 
 
+def print_gains(rows):
+    """Accuracy of the distilled minus the stand-alone student, over test pictures and seeds."""
+    for name in values_of(rows, "set"):
+        of_tests = []
+        for row in select(rows, set=name, model="distilled"):
+            interval = [100 * float(row[key]) for key in ("minus_alone_low", "minus_alone_high")]
+            of_tests.append({"difference": 100 * float(row["minus_alone"]), "interval": interval})
+        gain = with_interval(*combined_interval(of_tests))
+        print(f"{name}: accuracy, distilled minus alone, over pictures and seeds: {gain} points")
+
+
 def print_sets(rows):
     """What each set's rows rest on."""
     for name in values_of(rows, "set"):
@@ -174,7 +186,7 @@ def print_sets(rows):
         counts = ", ".join(f"{test} {n}" for test, n in tests.items())
         seeds = ", ".join(sorted(values_of(of_set, "seed")))
         print(f"{name}: {of_set[0]['size']} px; seeds {seeds}; test pictures: {counts}; by "
-              f"validation {patient_enough(of_set)} is the stand-alone student's better length")
+              f"validation {better_alone(of_set)} is the stand-alone student's better length")
 
 
 def main():
@@ -204,6 +216,7 @@ def main():
         print_models(chosen, column, score)
         print_differences(chosen, column, score)
         print()
+    print_gains(rows)
 
 
 if __name__ == "__main__":

@@ -129,12 +129,6 @@ def half_width(values):
     return t * np.std(values, ddof=1) / len(values) ** 0.5
 
 
-def mean_of_independent(parts):
-    """The mean of independent (value, half width) pairs, as such a pair."""
-    values, halves = np.transpose(parts)
-    return values.mean(), np.sqrt((halves**2).sum()) / len(halves)
-
-
 # -------------------------------------------------------------------------------------- tables
 
 

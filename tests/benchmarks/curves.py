@@ -99,7 +99,7 @@ def score(path, pictures, home):
 
 def evaluated(path, pictures, home):
     """The scores of evaluate.py for a model on the test pictures of a folder."""
-    report = home / "report"
+    report = home / "report_of_one"  # accuracy.py's stays
     call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
     (result,) = load_json(report / "metrics.json")["models"].values()
     return result["sets"]["test"]

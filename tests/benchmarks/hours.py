@@ -3,10 +3,11 @@
     python tests/benchmarks/hours.py                      # 600 pictures, 10 minutes on two cores
     python tests/benchmarks/hours.py --pool 2000 --device cuda
 
-Runs every stage at two short lengths, takes the slope as the cost of a step (or of a stored view)
-and prints the time of the default length. What does not grow with the length, the start, decoding,
-ten validations and the export, is in both runs. The pictures are drawn patterns of 480 x 480 px and
-the networks' weights are random, which costs the same. Leave the machine alone meanwhile.
+Runs every stage that has a length at two short ones, takes the slope as the cost of a step (or of a
+stored view) and prints the time of the default length; evaluate.py runs once. What does not grow
+with the length, the start, ten validations and the export, is in both runs. Decoding is done before
+and not counted. The pictures are drawn patterns of 480 x 480 px and the networks' weights are
+random, which costs the same. Leave the machine alone meanwhile.
 """
 
 import shutil
@@ -40,26 +41,40 @@ def at_length(measured, lengths, wanted):
 
 
 def stages(home, args):
-    """(name, command words that a number ends, two lengths, the default length) of each stage."""
+    """(name, command at a length, two lengths, the default length) of each stage that has one."""
     labelled = args.pictures - args.pictures // 5  # the rest validates
-    data = ["--data-dir", home / "data", "--overwrite"]
+    data = ["--data-dir", home / "data", "--overwrite", "--device", args.device]
     size = ["--view-size", args.view_size] if args.view_size else []
     start = home / "start"  # a network to keep as it is
     begin = ["train_teacher.py", *data, *size, "--model"]
-    call(*begin, TRANSFORMER, "--output", start, "--steps", 1, "--device", args.device)
+    call(*begin, TRANSFORMER, "--output", start, "--steps", 1)
     kept = ["--weights", start / TRANSFORMER / "model.pt", "--frozen", TRANSFORMER]
     lengths = train_teacher.FROZEN_STEPS, train_teacher.default_steps(labelled, BATCH)
     for name, steps in zip(TEACHERS, lengths):
         words = [*begin, name, *(kept if name == TRANSFORMER else []), "--output", home, "--steps"]
-        yield f"{name}, {steps} steps", words, STEPS, steps
-    teachers = [home / name / "model.pt" for name in TEACHERS]
+        yield f"{name}, {steps} steps", lambda n, words=words: [*words, n], STEPS, steps
+
+    def build(views):
+        teachers = [home / name / "model.pt" for name in TEACHERS]
+        folder = home / "ensemble" / str(views)  # each anew
+        return ["build_ensemble.py", *teachers, "--output", folder, *data, "--views", views]
+
     views = build_ensemble.default_views(labelled + args.pool, home / "data")
-    words = ["build_ensemble.py", *teachers, "--output", home / "ensemble", *data, "--views"]
-    yield f"ensemble, {views} views", words, VIEWS, views
-    for name, alpha in (("distilled", 0.9), ("stand-alone", 0)):
-        words = ["distill.py", home / "ensemble", "--alpha", alpha, *data]
+    call(*build(2))  # decodes the pool
+    yield f"ensemble, {views} views", build, VIEWS, views
+    for name, alpha in (("distilled", 0.9), ("alone", 0)):
+        words = ["distill.py", home / "ensemble" / "2", "--alpha", alpha, *data]
         words += ["--output", home / name, "--steps"]
-        yield f"{name} student, {distill.STEPS} steps", words, STEPS, distill.STEPS
+        steps = distill.STEPS
+        yield f"{name}, {steps} steps", lambda n, words=words: [*words, n], STEPS, steps
+
+
+def evaluate(home, args):
+    """The command that measures all of them."""
+    files = [home / name / "model.pt" for name in (*TEACHERS, "distilled", "alone")]
+    files += [home / "ensemble" / "2", home / "distilled" / "student.ts"]
+    words = ["evaluate.py", *files, "--baseline", home / "alone" / "model.pt"]
+    return [*words, "--device", args.device, "--output", home / "report"]
 
 
 def main():
@@ -75,12 +90,14 @@ def main():
     count = {"train": args.pictures // CLASSES, "test": 20, "unlabelled": args.pool // CLASSES}
     make_pictures(home / "data", {key: n for key, n in count.items() if n}, side=480)
     rows, total = [], 0
-    for name, words, lengths, wanted in stages(home, args):
-        rest = ["--device", args.device]
-        measured = [seconds_of(*words, length, *rest) for length in lengths]
+    for name, command, lengths, wanted in stages(home, args):
+        measured = [seconds_of(*command(length)) for length in lengths]
         seconds = at_length(measured, lengths, wanted)
         total += seconds
         rows.append([name, *(f"{each:.0f}" for each in (*measured, seconds))])
+    seconds = seconds_of(*evaluate(home, args))
+    rows.append(["evaluate.py", "", "", f"{seconds:.0f}"])
+    total += seconds
     shutil.rmtree(home)
 
     rows.append(["all", "", "", f"{total:.0f} ({total / 3600:.1f} h)"])

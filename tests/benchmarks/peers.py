@@ -43,6 +43,7 @@ from timm.task import LogitDistillationTask
 
 from common import cli, models, splits
 from common.files import load_json
+from common.losses import class_weights
 from common.metrics import score
 from common.pictures import DecodedCache
 from common.training import batch_of_step
@@ -71,8 +72,11 @@ class AtItsSize(torch.nn.Module):
         return self.backbone(resized)
 
 
-def timm_online(path, weights, seconds, seed):
-    """(accuracy scores, seconds) of a ResNet18 distilled online from the teacher at `path`."""
+def timm_online(path, weights, seconds, seed, balanced):
+    """(accuracy scores, seconds) of a ResNet18 distilled online from the teacher at `path`.
+
+    balanced: weigh the classes as --balance-classes does.
+    """
     classifier, state = models.load_model(path, CPU)
     cache, recipe = DecodedCache(cli.CACHE), ViewRecipe.from_dict(state["view_recipe"])
     train, _, dataset = splits.open_training(cache, state["dataset"])
@@ -82,8 +86,9 @@ def timm_online(path, weights, seconds, seed):
     body = {name: value for name, value in ours.backbone.state_dict().items() if "fc." not in name}
     network.load_state_dict(body, strict=False)
     network = network.to(memory_format=torch.channels_last)
+    own = class_weights(train.labels, len(dataset["classes"])) if balanced else None
     task = LogitDistillationTask(
-        network, AtItsSize(classifier), torch.nn.CrossEntropyLoss(), distill_loss_weight=ALPHA,
+        network, AtItsSize(classifier), torch.nn.CrossEntropyLoss(own), distill_loss_weight=ALPHA,
         task_loss_weight=1 - ALPHA, temperature=T, device=CPU, verbose=False,
     )
     optimizer = create_optimizer_v2(network, "adamw", lr=1e-3, weight_decay=0.05)
@@ -190,7 +195,9 @@ def run(name, seed, args):
     on_val = load_json(cached / "ensemble.json")["validation"]
     teachers = [home / name / "model.pt" for name in TEACHERS]
     better = max(teachers, key=lambda path: on_val[path.as_posix()]["balanced_accuracy"])
-    yield row_of("timm", *timm_online(better, args.student_weights, seconds, seed))
+    balanced = "--balance-classes" in task.flags
+    timms = timm_online(better, args.student_weights, seconds, seed, balanced)
+    yield row_of("timm", *timms)
 
     side = max(models.load_model(teachers[0], CPU)[0].img_size)
     start, taken = lightly(pictures, home, args, seconds / 2, side)
