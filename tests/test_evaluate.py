@@ -90,7 +90,9 @@ def test_a_target_is_met_where_the_exact_bound_on_this_set_says_so(
     words = ("runs/student/student.ts", "--test-dirs", parts / "test", *QUICK, tmp_path)
     assert call(evaluate.main, *words) == 0
     text, _, content = read(tmp_path)
-    point = content["models"][words[0]]["sets"]["test"]["operating_point"]
+    scores = content["models"][words[0]]["sets"]["test"]
+    point, auroc = scores["operating_point"], scores["auroc"]
+    assert content["good_classes"] == ["level"] and f"AUROC {100 * auroc:.1f}" in text
     assert (point["miss"]["count"], point["miss"]["n"]) == (missed, 60)
     assert f"at most 5 % of the defects missed, is {verdict} on test" in text
     promise = f"{point['pictures']} validation pictures promise {100 * point['promised']:.1f} %"
