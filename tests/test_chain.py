@@ -224,10 +224,11 @@ def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
     def plan(*words):
         monkeypatch.setattr("sys.argv", ["train_teacher.py", *words])
         dataset = {"dir": "data/fasteners"}
-        schedule = train_teacher.plan(0, 108, dataset, train_teacher.parse_arguments())
+        schedule = train_teacher.plan(0, 480, dataset, train_teacher.parse_arguments())
         return schedule.steps, schedule.lr
 
-    assert plan() == (235, 3e-3) and plan("--pretrained") == (500, 1e-3)
+    assert plan() == (235, 3e-3) and plan("--pretrained") == (1200, 1e-3)
+    assert plan("--pretrained", "--frozen", "coatnet_nano_rw_224") == (500, 3e-3)
     assert plan("--steps", "7", "--lr", "0.1") == (7, 0.1)
 
 
@@ -236,6 +237,13 @@ def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
 ])
 def test_a_teacher_sees_its_labels_sixty_times_within_bounds(labels, batch, steps):
     assert train_teacher.default_steps(labels, batch) == steps
+
+
+@pytest.mark.parametrize("count, folder, views", [
+    (1124, "parts", 17), (10**6, "parts", 4), (2208, "data/fasteners", 4),
+])
+def test_of_few_pictures_many_views_are_stored(count, folder, views):
+    assert build_ensemble.default_views(count, folder) == views
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])  # one has batch statistics

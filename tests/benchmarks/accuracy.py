@@ -22,6 +22,7 @@ from bench import (
     half_width,
     print_table,
     read_rows,
+    rounded,
     run_stages,
     select,
     this_commit,
@@ -89,11 +90,9 @@ def results(key, home, seconds):
             last = read_rows(path.parent / "log.csv")[-1]
         own = [last.get(key, "") for key in ("val_balanced_accuracy", "steps", "seconds")]
         for test_set, s in result["sets"].items():
-            difference = s["minus_baseline"]
-            scores = [s.get(key) for key in SCORES]  # no AUROC where no class is good
-            scores += [difference["difference"], *difference["interval"]]
-            rounded = ["" if value is None else round(value, 5) for value in scores]
-            yield [*key, part, test_set, s["n"], *rounded, *own, code]
+            d = s["minus_baseline"]
+            gain = [round(value, 5) for value in (d["difference"], *d["interval"])]
+            yield [*key, part, test_set, s["n"], *rounded(s, SCORES), *gain, *own, code]
 
 
 # -------------------------------------------------------------------------------------- tables

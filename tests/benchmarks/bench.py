@@ -191,6 +191,11 @@ def values_of(rows, key):
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def rounded(scores, columns):
+    """Some scores for a row, empty where there is none: no AUROC where no class is good."""
+    return [round(scores[key], 5) if key in scores else "" for key in columns]
+
+
 def this_commit():
     """The short name of the commit that the repository is at; empty where there is no git."""
     command = ["git", "rev-parse", "--short", "HEAD"]

@@ -22,6 +22,7 @@ from bench import (
     link,
     print_table,
     read_rows,
+    rounded,
     run_stages,
     select,
     this_commit,
@@ -91,8 +92,7 @@ def score(path, pictures, home):
     """What a model says of the development pictures: the columns from n to seconds."""
     scores = evaluated(path, pictures, home)
     last = read_rows(path.parent / "log.csv")[-1] if path.name == "model.pt" else {}
-    found = [scores.get(key) for key in ("accuracy", "balanced_accuracy", "auroc", "nll")]
-    found = ["" if value is None else round(value, 5) for value in found]  # no good class, no AUROC
+    found = rounded(scores, ("accuracy", "balanced_accuracy", "auroc", "nll"))
     found += [last.get(key, "") for key in ("val_accuracy", "val_balanced_accuracy", "seconds")]
     return [scores["n"], *found]
 

@@ -30,6 +30,7 @@ from bench import (
     append_rows,
     print_table,
     read_rows,
+    rounded,
     run_stages,
     select,
     this_commit,
@@ -170,7 +171,7 @@ def run(name, seed, args):
     """All ways on one set and seed, a row each."""
 
     def row_of(way, scores, seconds):
-        found = [round(scores[key], 5) for key in ("accuracy", "balanced_accuracy", "nll")]
+        found = rounded(scores, ("accuracy", "balanced_accuracy", "nll"))
         return [name, seed, way, scores["n"], *found, round(seconds), this_commit()]
 
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
