@@ -307,14 +307,10 @@ def latency(network, view_size, device, times=25, warm_up=5):
 def score(model, probabilities, labels, good):
     """All metrics of a model on one test set; of a file with a threshold also what that does there.
 
-    probabilities: float [N, K]; labels: int [N]; good: numbers of the good classes. "auroc" is of
-    the defect scores, where there are good parts and defects.
+    probabilities: float [N, K]; labels: int [N]; good: numbers of the good classes.
     """
-    scores, point = metrics.score(probabilities, labels), model.header.get("operating_point")
-    defect_scores, defective = metrics.defects(probabilities, labels, good)
-    if defective.any() and not defective.all():
-        scores["auroc"] = metrics.auroc(defect_scores, defective)
-    if point:
+    scores = metrics.score(probabilities, labels, good)
+    if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
         rates = metrics.rates(*metrics.defects(probabilities, labels, good), point["threshold"])
         scores["operating_point"] = {**point, **rates}

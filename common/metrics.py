@@ -18,11 +18,12 @@ RISK = 0.05  # that a promised rate does not hold
 # ---------------------------------------------------------------------------------------- scores
 
 
-def score(probabilities, labels):
+def score(probabilities, labels, good=()):
     """All metrics of one model on one set, as plain data: fractions in [0, 1], nll in nats.
 
     probabilities: float [N, K], rows summing to 1; labels: int [N] in [0, K). Balanced accuracy is
-    the mean per-class recall; macro F1 the mean per-class F1.
+    the mean per-class recall; macro F1 the mean per-class F1. good: numbers of the classes that are
+    no defect; "auroc" is of the defect scores, where there are good parts and defects.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
@@ -30,6 +31,8 @@ def score(probabilities, labels):
     recall = right / np.maximum(true, 1)
     f1 = 2 * right / np.maximum(true + predicted, 1)
     own = probabilities[np.arange(len(labels)), labels]
+    scores, defective = defects(probabilities, labels, good)
+    both = 0 < defective.sum() < len(labels)
     return {
         "accuracy": float(right.sum() / matrix.sum()),
         "accuracy_interval": list(wilson(right.sum(), len(labels))),
@@ -38,6 +41,7 @@ def score(probabilities, labels):
         "nll": float(-np.log(np.maximum(own, 1e-12)).mean()),
         "ece": ece(probabilities, labels),
         "n": len(labels),
+        **({"auroc": auroc(scores, defective)} if both else {}),
         "recall": recall.tolist(),
         "confusion_matrix": matrix.tolist(),
     }

@@ -42,10 +42,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import LogitDistillationTask
 
-from common import cli, models, splits
+from common import cli, metrics, models, splits
 from common.files import load_json
 from common.losses import class_weights
-from common.metrics import score
 from common.pictures import DecodedCache
 from common.training import batch_of_step
 from common.views import ViewRecipe, render
@@ -53,7 +52,8 @@ from common.views import ViewRecipe, render
 BATCH, TRIAL = 24, 20
 ALPHA, T = 0.9, 2.0  # of distill.py
 WAYS = ("ours", "fine-tuning", "timm", "LightlyTrain")
-FIELDS = ("set", "seed", "way", "n", "accuracy", "balanced_accuracy", "nll", "seconds", "code")
+SCORES = ("accuracy", "balanced_accuracy", "auroc", "nll")
+FIELDS = ("set", "seed", "way", "n", *SCORES, "seconds", "code")
 CPU = torch.device("cpu")
 
 
@@ -74,7 +74,7 @@ class AtItsSize(torch.nn.Module):
 
 
 def timm_online(path, weights, seconds, seed, balanced):
-    """(accuracy scores, seconds) of a ResNet18 distilled online from the teacher at `path`.
+    """(scores, seconds) of a ResNet18 distilled online from the teacher at `path`.
 
     balanced: weigh the classes as --balance-classes does.
     """
@@ -110,14 +110,13 @@ def timm_online(path, weights, seconds, seed, balanced):
         step += 1
         if step == TRIAL:  # now it is known how many steps the time allows
             steps = round(TRIAL * seconds / (time.perf_counter() - began))
-            scheduler = CosineLRScheduler(
-                optimizer, steps, lr_min=1e-6, t_in_epochs=False
-            )
+            scheduler = CosineLRScheduler(optimizer, steps, lr_min=1e-6, t_in_epochs=False)
     taken = time.perf_counter() - began
     ours.backbone = network.eval()
     test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
     answers = torch.softmax(models.predict(ours, test, CPU), 1)
-    return score(answers, test.labels), taken
+    good = metrics.numbers_of(metrics.good_classes(dataset["classes"]), dataset["classes"])
+    return metrics.score(answers, test.labels, good), taken
 
 
 # -------------------------------------------------------------------------------- LightlyTrain
@@ -171,7 +170,7 @@ def run(name, seed, args):
     """All ways on one set and seed, a row each."""
 
     def row_of(way, scores, seconds):
-        found = rounded(scores, ("accuracy", "balanced_accuracy", "nll"))
+        found = rounded(scores, SCORES)
         return [name, seed, way, scores["n"], *found, round(seconds), this_commit()]
 
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
@@ -205,20 +204,21 @@ def run(name, seed, args):
     yield row_of("LightlyTrain", fine_tuned("lightly_tuned", start, seconds - taken), seconds)
 
 
-def print_results(rows):
-    """Balanced accuracy of every way on every set, over seeds, and the seconds."""
+def print_results(rows, column, score):
+    """A column of every way on every set, over seeds, and the seconds."""
     sets = [name for name in TASKS if select(rows, set=name)]
     lines = []
     for way in WAYS:
         cells = []
         for name in sets:
             chosen = select(rows, set=name, way=way)
-            values = [100 * float(row["balanced_accuracy"]) for row in chosen]
+            values = [100 * float(row[column]) for row in chosen]
             seconds = [float(row["seconds"]) for row in chosen]
             cells += [with_std(values), f"{np.mean(seconds):.0f}"] if values else ["", ""]
         lines.append([way, *cells])
     head = [text for name in sets for text in (name, "s")]
-    print_table(["balanced accuracy, % (std)", *head], lines)
+    print_table([f"{score}, % (std)", *head], lines)
+    print()
 
 
 def main():
@@ -234,7 +234,9 @@ def main():
         for name in args.sets:
             if not select(read_rows(args.csv), set=name, seed=str(seed)):
                 append_rows(args.csv, FIELDS, list(run(name, seed, args)))
-    print_results(read_rows(args.csv))
+    rows = read_rows(args.csv)
+    print_results(rows, "balanced_accuracy", "balanced accuracy")
+    print_results([row for row in rows if row["auroc"]], "auroc", "AUROC")
 
 
 if __name__ == "__main__":
