@@ -34,6 +34,7 @@ from bench import (
     run_stages,
     select,
     this_commit,
+    values_of,
     with_std,
 )
 from curves import evaluated, student
@@ -51,7 +52,6 @@ from common.views import ViewRecipe, render
 
 BATCH, TRIAL = 24, 20
 ALPHA, T = 0.9, 2.0  # of distill.py
-WAYS = ("ours", "fine-tuning", "timm", "LightlyTrain")
 SCORES = ("accuracy", "balanced_accuracy", "auroc", "nll")
 FIELDS = ("set", "seed", "way", "n", *SCORES, "seconds", "code")
 CPU = torch.device("cpu")
@@ -167,12 +167,16 @@ def write_dinov2(source, folder):
 
 
 def run(name, seed, args):
-    """All ways on one set and seed, a row each."""
+    """Append the rows of one set and seed that the CSV lacks, each as it is measured."""
+    for way, measure in ways(name, seed, args).items():
+        if not select(read_rows(args.csv), set=name, seed=str(seed), way=way):
+            scores, seconds = measure()
+            row = [name, seed, way, scores["n"], *rounded(scores, SCORES), round(seconds)]
+            append_rows(args.csv, FIELDS, [[*row, this_commit()]])
 
-    def row_of(way, scores, seconds):
-        found = rounded(scores, SCORES)
-        return [name, seed, way, scores["n"], *found, round(seconds), this_commit()]
 
+def ways(name, seed, args):
+    """{way: a function that trains a ResNet18 so and returns (its scores, seconds)}."""
     task, home = TASKS[name], Path(args.output) / name / f"seed_{seed}"
     pictures = pictures_of(task, args.data, home, seed)
     todo = stages(task, pictures, home, args.weights, seed, args.student_weights)
@@ -188,27 +192,31 @@ def run(name, seed, args):
         path = student(way, steps, cached, task, home, seed, ours_but, "--alpha", 0)
         return evaluated(path, pictures, home)
 
-    yield row_of("ours", evaluated(ours, pictures, home), seconds)
-    alone = fine_tuned("fine_tuned", args.student_weights, seconds)
-    yield row_of("fine-tuning", alone, seconds)
+    def online():
+        on_val = load_json(cached / "ensemble.json")["validation"]
+        teachers = [path for path in on_val if Path(path).parent.name in TEACHERS]
+        better = max(teachers, key=lambda path: on_val[path]["balanced_accuracy"])
+        balanced = "--balance-classes" in task.flags
+        return timm_online(better, args.student_weights, seconds, seed, balanced)
 
-    on_val = load_json(cached / "ensemble.json")["validation"]
-    teachers = [home / name / "model.pt" for name in TEACHERS]
-    better = max(teachers, key=lambda path: on_val[path.as_posix()]["balanced_accuracy"])
-    balanced = "--balance-classes" in task.flags
-    timms = timm_online(better, args.student_weights, seconds, seed, balanced)
-    yield row_of("timm", *timms)
+    def without_labels_first():
+        side = max(models.load_model(home / TRANSFORMER / "model.pt", CPU)[0].img_size)
+        start, taken = lightly(pictures, home, args, seconds / 2, side)
+        return fine_tuned("lightly_tuned", start, seconds - taken), seconds
 
-    side = max(models.load_model(teachers[0], CPU)[0].img_size)
-    start, taken = lightly(pictures, home, args, seconds / 2, side)
-    yield row_of("LightlyTrain", fine_tuned("lightly_tuned", start, seconds - taken), seconds)
+    return {
+        "ours": lambda: (evaluated(ours, pictures, home), seconds),
+        "fine-tuning": lambda: (fine_tuned("fine_tuned", args.student_weights, seconds), seconds),
+        "timm": online,
+        "LightlyTrain": without_labels_first,
+    }
 
 
 def print_results(rows, column, score):
     """A column of every way on every set, over seeds, and the seconds."""
     sets = [name for name in TASKS if select(rows, set=name)]
     lines = []
-    for way in WAYS:
+    for way in values_of(rows, "way"):
         cells = []
         for name in sets:
             chosen = select(rows, set=name, way=way)
@@ -232,8 +240,7 @@ def main():
     args = p.parse_args()
     for seed in args.seeds if not args.table else ():
         for name in args.sets:
-            if not select(read_rows(args.csv), set=name, seed=str(seed)):
-                append_rows(args.csv, FIELDS, list(run(name, seed, args)))
+            run(name, seed, args)
     rows = read_rows(args.csv)
     print_results(rows, "balanced_accuracy", "balanced accuracy")
     print_results([row for row in rows if row["auroc"]], "auroc", "AUROC")
