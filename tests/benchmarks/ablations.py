@@ -23,7 +23,6 @@ from bench import (
     link,
     print_table,
     read_rows,
-    run_stages,
     select,
     this_commit,
     values_of,
@@ -38,7 +37,7 @@ from curves import (
     student,
     task_of,
 )
-from sets import TEACHERS, add_sources, teach
+from sets import TEACHERS, add_sources
 
 from build_ensemble import in_batches, teacher_logits
 from common import cli, models, splits
@@ -88,7 +87,7 @@ ROWS = {
     "a frozen transformer, crops down to 0.6": Row(
         ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
     ),
-    "cross-fitted teachers": Row(cross_fitted=True),
+    "a frozen transformer, both cross-fitted": Row(teachers=(FROZEN, TAUGHT[1]), cross_fitted=True),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
@@ -121,18 +120,19 @@ def build(change, task, pictures, home, seed, args):
                       name=name)
     if not change.cross_fitted:
         return folder
-    fitted = home / "ensemble_cross_fitted"
+    fitted = home / f"{name}_cross_fitted"
     if not (fitted / "ensemble.json").is_file():
-        cross_fit(folder, fitted, task, pictures, home, seed, args)
+        cross_fit(folder, fitted, change.teachers, task, pictures, home, seed, args)
     return fitted
 
 
-def cross_fit(plain, fitted, task, pictures, home, seed, args):
+def cross_fit(plain, fitted, taught, task, pictures, home, seed, args):
     """Write an ensemble like a plain one whose answers are of teachers that never saw the picture.
 
     Each fold's teachers are trained on the other folds; their logits are divided by the
     temperatures that their own validation gives, and weighted as the fold's own were (Dao et al.
-    2021, "Knowledge distillation as semiparametric inference").
+    2021, "Knowledge distillation as semiparametric inference"). taught: as `ensemble` has it. Of
+    sets without a pool.
     """
     spec = load_ensemble(plain)
     train, _, dataset = splits.open_training(DecodedCache(cli.CACHE), spec["dataset"])
@@ -144,7 +144,7 @@ def cross_fit(plain, fitted, task, pictures, home, seed, args):
     answers, weights = np.zeros(shape, np.float32), []
     for fold in range(FOLDS):
         folder = fold_folder(pictures, home, fold)
-        networks, mixture = fold_teachers(folder, task, seed, args)
+        networks, mixture = fold_teachers(folder, taught, task, seed, args)
         temperatures = np.array(mixture["temperatures"], np.float32)[:, None, None]
         for rows in in_batches(np.flatnonzero(folds == fold), 64):
             for view, logits in enumerate(answers):
@@ -157,16 +157,10 @@ def cross_fit(plain, fitted, task, pictures, home, seed, args):
     save_json({**spec, **changed}, fitted / "ensemble.json")
 
 
-def fold_teachers(folder, task, seed, args):
+def fold_teachers(folder, taught, task, seed, args):
     """(networks, the spec of their ensemble) of the teachers trained on one `fold_folder`."""
-    runs = folder / "runs"
-    checkpoints = [runs / name / "model.pt" for name in TEACHERS]
-    build = ["build_ensemble.py", *checkpoints, "--unlabelled", "none", "--views", 1]
-    build += ["--output", runs / "ensemble", "--seed", seed, "--overwrite"]
-    teachers = teach(task, folder, runs, args.weights, seed, steps=dict(TAUGHT))
-    run_stages([teachers, ("ensemble", build)], folder)
-    networks = [models.load_model(path, DEVICE)[0] for path in checkpoints]
-    return networks, load_ensemble(runs / "ensemble")
+    spec = load_ensemble(ensemble(task, folder, folder, seed, args, "--views", 1, taught=taught))
+    return [models.load_model(each["path"], DEVICE)[0] for each in spec["teachers"]], spec
 
 
 def view_of(pictures, rows, view, spec):
