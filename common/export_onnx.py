@@ -19,6 +19,7 @@ from common.files import ONNX_CHECKSUM, UserError, checksummed
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUANTISED = ["Conv", "Relu", "Add", "MaxPool"]  # the head stays in float32
 HEAD = ("weight", "bias")  # as `export.Deployed` calls it
+OPSET, IR_VERSION = 18, 8  # of 2022: what onnxruntime reads from 1.14 on
 
 
 def require_packages():
@@ -53,6 +54,7 @@ class Graph:
                 input_names=["pictures"],
                 output_names=["probabilities"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
             )
@@ -106,6 +108,10 @@ class Graph:
     def save(self, metadata, path):
         """Write the graph with its temperature, and metadata.json inside."""
         model = calibrated(self.model, metadata["temperature"])
+        model.ir_version = IR_VERSION
+        own = [each for each in model.opset_import if not each.domain]
+        del model.opset_import[:]  # the quantiser names domains that no node is of
+        model.opset_import.extend(own)
         entry = model.metadata_props.add()
         entry.key, entry.value = "metadata.json", json.dumps(metadata, indent=1)
         with checksummed(path, ONNX_CHECKSUM) as file:

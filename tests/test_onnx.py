@@ -171,6 +171,16 @@ def test_onnx_runtime_finds_no_relu_and_no_unquantised_convolution_in_the_int8_f
             assert {made_by[name].op_type for name in node.input} == {"DequantizeLinear"}
 
 
+def test_both_graphs_are_of_the_versions_that_onnxruntime_1_14_reads(edge):
+    import onnx
+
+    for _, name in PAIRS:
+        graph = onnx.load(edge / name)
+        onnx.checker.check_model(graph, full_check=True)
+        domains = [(each.domain, each.version) for each in graph.opset_import]
+        assert (graph.ir_version, domains) == (8, [("", 18)])
+
+
 def test_infer_knows_the_length_of_both_checksums():
     lengths = {".ts": len(CHECKSUM.format("0" * 64)), ".onnx": len(ONNX_CHECKSUM.format("0" * 64))}
     assert lengths == infer.CHECKSUMS

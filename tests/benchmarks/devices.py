@@ -34,14 +34,14 @@ ROWS = (  # Python, Pillow, numpy, runtime, its version; the newest of each runt
     ("3.14", "13.0.0", "2.5.5", "onnxruntime", "1.32.0"),
     ("3.14", "11.3.0", "2.3.2", "onnxruntime", "1.24.1"),  # the oldest wheels of this Python
     ("3.13", "10.4.0", "2.1.0", "onnxruntime", "1.20.0"),  # likewise
-    ("3.12", "10.0.0", "1.26.0", "onnxruntime", "1.18.0"),
+    ("3.12", "10.0.0", "1.26.0", "onnxruntime", "1.17.0"),  # likewise
     ("3.11", "9.4.0", "1.24.2", "onnxruntime", "1.32.0"),  # Python and packages of Debian 12
     ("3.10", "12.3.0", "2.2.6", "onnxruntime", "1.23.2"),  # the newest wheels of this Python
-    ("3.10", "9.0.1", "1.21.6", "onnxruntime", "1.18.0"),  # Pillow of Ubuntu 22.04
-    ("3.10", "9.0.1", "1.21.6", "onnxruntime", "1.17.3"),
-    ("3.10", "8.4.0", "1.21.6", "onnxruntime", "1.18.0"),
+    ("3.10", "9.0.1", "1.21.6", "onnxruntime", "1.14.1"),  # Pillow of Ubuntu 22.04
+    ("3.10", "9.0.1", "1.21.6", "onnxruntime", "1.13.1"),
+    ("3.10", "8.4.0", "1.21.6", "onnxruntime", "1.14.1"),
     ("3.9", "11.3.0", "2.0.2", "onnxruntime", "1.19.2"),
-    ("3.8", "9.0.1", "1.21.6", "onnxruntime", "1.18.0"),  # all of them the oldest
+    ("3.8", "9.0.1", "1.21.6", "onnxruntime", "1.14.0"),  # all of them the oldest
     ("3.14", "13.0.0", "2.5.5", "torch", "2.15.0"),
     ("3.14", "11.3.0", "2.3.2", "torch", "2.9.0"),
     ("3.13", "10.4.0", "2.1.0", "torch", "2.5.0"),
