@@ -179,7 +179,8 @@ def load_teachers(paths, device):
             {**states[0]["dataset"], "dir": None},
             {**state["dataset"], "dir": None},
             f"{path} against {paths[0]}",
-            "an ensemble needs teachers trained on the same pictures and split",
+            "an ensemble needs teachers of the same pictures and split; name those that belong "
+            "together, or move the others out of runs/",
         )
         print(f"teacher {path}: {state['model']} at {px(state['img_size'])}")
     return teachers, states

@@ -34,6 +34,7 @@ from common.metrics import describe_rates, good_classes
 from common.views import ViewRecipe, render
 
 STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain ends in a few minutes
+MISS_RATE = 0.05  # share of the defects that may pass
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
 
@@ -71,13 +72,14 @@ def parse_arguments():
                    help="px the student sees, N or HxW (default: the view size)")
     cli.add_training_flags(p)
 
-    g = p.add_argument_group("export; with --resume a finished student is exported again")
+    g = p.add_argument_group("export; with --resume a finished student is exported again, with "
+                             "the threshold's flags as they were where they are not given")
     g.add_argument("--good-class", nargs="+", action="extend", metavar="NAME",
                    help="the classes that are no defect (default: those called good or ok)")
     target = g.add_mutually_exclusive_group()
-    target.add_argument("--max-miss-rate", type=cli.open_fraction, default=0.05,
+    target.add_argument("--max-miss-rate", type=cli.open_fraction,
                         help="share of the defects that may pass, with 95 %% confidence, for the "
-                        "threshold (default: %(default)s)")
+                        f"threshold (default: {MISS_RATE})")
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction,
                         help="share of the good parts that may be rejected, instead")
     g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
@@ -100,6 +102,8 @@ def main():
         onnx = args.onnx or args.resume and (output / "student.onnx").is_file()
         if onnx:
             export_onnx.require_packages()
+        if args.resume:
+            keep_operating_point(output / "student.ts", args)
         distil(output, onnx, args)
     cli.print_laps()
 
@@ -218,12 +222,27 @@ def export_student(output, pictures, val, spec, onnx, args):
         "data_fingerprint": dataset["fingerprint"],
         "calibration_pictures": len(some),
     }
-    limits = export.Limits("miss", args.max_miss_rate, args.max_int8_drop)
+    limits = export.Limits("miss", args.max_miss_rate or MISS_RATE, args.max_int8_drop)
     if args.max_false_alarm_rate:
         limits = replace(limits, goal="false_alarm", target=args.max_false_alarm_rate)
     exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
+
+
+def keep_operating_point(path, args):
+    """Fill in flags of the threshold that are not given with those of the file that is there."""
+    if not path.is_file():
+        return
+    try:
+        before = export.load_exported(path)[1]
+    except UserError as error:
+        print(f"{error}: exported anew, with the flags given now")
+        return
+    args.good_class = args.good_class or before["good_classes"] or None
+    point = before["operating_point"]
+    if point and not (args.max_miss_rate or args.max_false_alarm_rate):
+        setattr(args, f"max_{point['goal']}_rate", point["target"])
 
 
 def check_good_classes(classes, wanted):

@@ -27,7 +27,15 @@ from tqdm import tqdm
 from common import audit, cli, export, folders, metrics, models, report, splits
 from common.audit.label_errors import label_errors_of_sets
 from common.ensemble import load_ensemble
-from common.files import UserError, exclusive, file_sha256, require_same, versions, written_together
+from common.files import (
+    UserError,
+    exclusive,
+    file_sha256,
+    require_same,
+    some_of,
+    versions,
+    written_together,
+)
 from common.losses import product_of_experts
 
 MADE_FROM = "weights_sha256 ensemble_sha256 data_fingerprint teachers dataset args versions".split()
@@ -70,6 +78,8 @@ def evaluate(args):
     for name, model in tested.items():
         classes = [{"classes": each.dataset["classes"]} for each in (first, model)]
         require_same(*classes, f"{name} against {names[0]}", "compare models of the same classes")
+    if others := of_other_ensembles(tested):
+        print(f"{some_of(others)}: of an ensemble that is none of those measured beside it")
     dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
     test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
     wanted = {model.reading: model.dataset for model in tested.values()}
@@ -212,6 +222,14 @@ def open_model(path):
         return Model("exported", metadata, metadata, [path])
     state = models.read_header(path)
     return Model(state["kind"], state, state["dataset"], [path])
+
+
+def of_other_ensembles(tested):
+    """Names of the students that no ensemble under test has taught; none where there is none."""
+    ensembles = [Path(name, "ensemble.json") for name in tested if tested[name].kind == "ensemble"]
+    known = {file_sha256(file) for file in ensembles}
+    taught_by = {name: model.header.get("ensemble_sha256") for name, model in tested.items()}
+    return [name for name, its in taught_by.items() if known and its and its not in known]
 
 
 def find_tests(data_dir):

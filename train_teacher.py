@@ -242,6 +242,8 @@ def open_pictures(folder, view_size, args):
         f"{folder}: {len(train)} training and {len(val)} validation pictures at "
         f"{px(view_size)}, classes {', '.join(dataset['classes'])}"
     )
+    if not tests:
+        print(f"{folder}: has no test* folder; evaluate.py wants pictures that were in no training")
     for line in size_lines((train + val).sizes(), view_size):
         print(line)
     return train, val, dataset
@@ -290,9 +292,11 @@ def size_lines(sizes, view_size):
     pictures, reduced = "pictures of {:.0f} x {:.0f} px (median)".format(*median), "are not reduced"
     factor = max(median / (width, height))
     if factor > 1:
+        larger = [int(min(2 * side, own)) for side, own in zip(view_size, median[::-1])]
         reduced = (
             f"are reduced to {width} x {height}: a defect under {np.ceil(LOST * factor):.0f} px "
-            f"is then under {LOST}, and lost; --view-size keeps more"
+            f"is then under {LOST}, and lost; --view-size {larger[0]}x{larger[1]} keeps more, and "
+            "takes longer"
         )
     yield f"{pictures} {reduced}"
     stretch = theirs[:, 0] / theirs[:, 1] * height / width

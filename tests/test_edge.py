@@ -133,6 +133,10 @@ def test_another_target_needs_no_training(edge, tiny, tmp_path, monkeypatch, cap
         assert f"{file}: sha256 {file_sha256(file)}\n" in said  # for infer.py --sha256
     assert (tmp_path / "s" / "model.pt").read_bytes() == (edge / "model.pt").read_bytes()
 
+    assert call(distill.main, *words, *CPU) == 0  # not asked for again, both stay as they are
+    kept = load_exported(tmp_path / "s" / "student.ts")[1]
+    assert (kept["operating_point"], kept["good_classes"]) == (point, ["cross"])
+
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_cpp_prints_the_probabilities_python_prints(edge, frames, tmp_path):

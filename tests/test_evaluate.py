@@ -13,6 +13,7 @@ from conftest import CPU, call, make_set
 
 import evaluate
 from common import export, metrics, models
+from common.files import save_json
 
 TEACHERS = ("runs/test_resnet/model.pt", "--baseline", "runs/test_vit/model.pt")
 QUICK = ("--skip-audit", *CPU, "--output")
@@ -145,3 +146,22 @@ def test_onnx_files_are_left_out_where_their_runtime_is_missing(
     names = [name.removeprefix("runs/student/") for name in read(tmp_path / "report")[2]["models"]]
     assert names == ["model.pt", "student.int8.ts", "student.ts"]
     assert call(evaluate.main, "runs/student/student.onnx", *words) == 2
+
+
+def test_a_student_of_an_ensemble_that_was_built_anew_is_named(inside, tmp_path, capfd):
+    shutil.copytree("runs", tmp_path / "runs")
+    spec = json.loads((tmp_path / "runs" / "ensemble" / "ensemble.json").read_text())
+    save_json({**spec, "weights": [1.0, 0.5]}, tmp_path / "runs" / "ensemble" / "ensemble.json")
+    files = [tmp_path / "runs" / name for name in ("ensemble", "student/student.ts")]
+    words = ("--data-dir", inside.data, *QUICK, tmp_path / "report")
+    assert call(evaluate.main, *files, *words) == 0
+    said = "student.ts: of an ensemble that is none of those measured beside it"
+    assert said in capfd.readouterr().out
+    assert call(evaluate.main, "runs/ensemble", files[1], *words) == 0
+    assert said not in capfd.readouterr().out
+
+
+def test_a_baseline_alone_is_no_comparison(inside, tmp_path):
+    words = ("runs/alone/model.pt", "--baseline", "runs/alone/model.pt", *QUICK, tmp_path)
+    assert call(evaluate.main, *words) == 0
+    assert "Nothing but the baseline runs/alone/model.pt was measured" in read(tmp_path)[0]

@@ -125,7 +125,7 @@ def audit_lines(findings, classes, group_regex=None):
     near = "near-duplicates"
     if not near_duplicates.shows_detail(findings["view_size"]):
         # there, parts of one design agree in all
-        hint = f"--view-size {near_duplicates.FINE} tells more"
+        hint = "larger views, from train_teacher.py on, tell more"
         near = f"perhaps near-duplicates (at {px(findings['view_size'])} hard to tell; {hint})"
     words = {"bytes": "byte for byte", "pixels": "pixel for pixel", "near": f"{near} of pictures"}
     examples = {}
