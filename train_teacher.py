@@ -63,7 +63,7 @@ def parse_arguments():
                        help="start from weight files in timm's names or model.pt, one per --model")
     p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
                    help="models of --model that keep their weights: only the new head is trained, "
-                   "in a third of the time; the better lesson from DINOv2 and its like")
+                   "in a third of the time; often the better lesson (DINOv2 and its like)")
     p.add_argument("--steps", type=cli.positive_int, nargs="+", action="extend",
                    metavar="N",
                    help="batches to train on, one number for all models or one for each "

@@ -105,7 +105,7 @@ def mean_of_tests(rows, column):
 
 
 def better_alone(rows):
-    """The name of the stand-alone student of a set at its better length: validation decides."""
+    """The name of the stand-alone student of a set at its better length by validation, the first of equals."""
     names = [name for name, (_, alpha) in STUDENTS.items() if alpha == 0]
     on_val = [np.mean([float(row["val_balanced_accuracy"]) for row in select(rows, model=name)])
               for name in names]
@@ -185,7 +185,8 @@ def print_sets(rows):
         counts = ", ".join(f"{test} {n}" for test, n in tests.items())
         seeds = ", ".join(sorted(values_of(of_set, "seed")))
         print(f"{name}: {of_set[0]['size']} px; seeds {seeds}; test pictures: {counts}; by "
-              f"validation {better_alone(of_set)} is the stand-alone student's better length")
+              f"validation {better_alone(of_set)} is the stand-alone student's better length, or "
+              "as good")
 
 
 def main():
