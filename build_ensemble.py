@@ -36,7 +36,7 @@ from common.views import ViewRecipe, render
 
 # Stored by default: of few pictures many views, since a student learns those by heart that it sees
 # again. The embedded set's student has a quarter of the steps.
-PICTURE_VIEWS, EMBEDDED_VIEWS, FEWEST = 20_000, 10_000, 4
+PICTURE_VIEWS, EMBEDDED_VIEWS, FEWEST, MOST = 20_000, 10_000, 4, 200  # each view is an open file
 OF_TEACHER = ("weights_sha256", "model", "img_size")  # what ensemble.json says of each
 NOISE = 1e-3  # of a logit, for --check: what float32 adds up to over the layers
 # Seeds from here on are no teacher's: where it was trained, it would repeat the label.
@@ -152,7 +152,7 @@ def build(args):
 def default_views(count, folder):
     """How many views to store beside the plain one, of `count` pictures of a data folder."""
     wanted = EMBEDDED_VIEWS if folders.is_embedded(folder) else PICTURE_VIEWS
-    return max(FEWEST, wanted // count)
+    return min(MOST, max(FEWEST, wanted // count))
 
 
 def find_teachers():

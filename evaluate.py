@@ -11,8 +11,9 @@ Writes  runs/report/report.html       the page to look at: answer, tables, mista
         runs/report/predictions.csv   a row per model, test set and picture
 
 The headline is the mean accuracy over the test sets. Brackets are 95 % intervals over test
-pictures: Wilson's of a share, the bootstrap's of a difference, while the exact sign test decides
-what is better. They do not hold what differs between training runs: train several seeds for that.
+pictures: Wilson's of a share, Agresti and Min's of a difference, while the exact sign test decides
+what is better. They take pictures for independent, which several of one part are not, and do not
+hold what differs between training runs: train several seeds for that.
 """
 
 import time

@@ -228,13 +228,13 @@ def open_pictures(folder, view_size, args):
     })
     tests, leaks = splits.open_to_compare(cache, dataset), (args.drop_leaks, args.allow_leakage)
     dropped = splits.leaked_paths(train + val, tests, "training", *leaks)
-    parts = train + val, tests
+    parts = [(train + val, tests)]
     if not dataset["held_out"]:  # there is a val/
         if args.val_fraction:
             print("--val-fraction is not used, since there is a val/")
-        parts = train, [val, *tests]
+        parts.append((train, [val]))
         dropped += repeated_in_val(cache, train, val, dataset, args.drop_leaks)
-    dropped += splits.paths_of_split_parts(*parts, args.group_regex, *leaks)
+    dropped += splits.paths_of_split_parts(parts, args.group_regex, *leaks)
     if dropped:
         dropped = list(dict.fromkeys(dropped))
         train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
@@ -325,7 +325,8 @@ def create(number, dataset, img_size, args):
     frozen = args.model[number] in args.frozen
     if frozen:
         model.requires_grad_(False)
-        model.backbone.get_classifier().requires_grad_(True)
+        for head in models.heads(model.backbone):
+            head.requires_grad_(True)
     if frozen or not (args.pretrained or args.weights):
         return model, parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
@@ -382,7 +383,7 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
     skip = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
     if layer_decay is None:
         return param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=skip)
-    head = {id(p) for p in backbone.get_classifier().parameters()}
+    head = {id(p) for each in models.heads(backbone) for p in each.parameters()}
     groups = param_groups_layer_decay(
         backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
     )

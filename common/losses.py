@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 UNLABELLED = -1
 SMALLEST, LARGEST = 0.05, 20.0  # fitted temperatures, and weights at most the latter
-ROUNDS = 50  # over the teachers; ten are enough for four digits
+ROUNDS, SETTLED = 50, 1e-6  # over the teachers, at most; largest change of a weight in the last
 PRIOR = 30.0  # nats for weights that lie 1 from their mean (tests/benchmarks/combination.py)
 
 
@@ -86,12 +86,15 @@ def fit_weights(logits, labels, prior=PRIOR):
     w = torch.full((teachers, 1, 1), 1 / teachers, dtype=torch.double)
     pull = prior * (1 - 1 / teachers) / pictures
     for _ in range(ROUNDS):
+        before = w.clone()
         low, high = -float(w.min()), LARGEST - float(w.max())
         w += best_weight((w * z).sum(0), z.sum(0), y, low, high)
         for t in range(teachers):
             others = (w * z).sum(0) - w[t] * z[t]
             their_mean = float(w.sum() - w[t]) / max(1, teachers - 1)
             w[t] = best_weight(others, z[t], y, 0.0, LARGEST, pull, their_mean)
+        if (w - before).abs().max() < SETTLED:
+            break
     return [float(v) for v in w.flatten()]
 
 

@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 BINS = 15  # of calibration
-RESAMPLES = 10_000
 Z = 1.959964  # two-sided 95 % of the normal distribution
 RISK = 0.05  # that a promised rate does not hold
 
@@ -107,26 +106,23 @@ def wilson(k, n):
 def difference(rights_a, rights_b):
     """Paired difference of mean accuracy over test sets, a - b, as plain data.
 
-    rights_a, rights_b: one bool [N_set] per test set. `interval` is the 95 % percentile bootstrap,
-    pictures resampled within each set: one contributes -1, 0 or 1, so a resample is multinomial.
-    `wins` and `losses` count the pictures that only a or only b got right, over all sets, and `p`
-    is `sign_test` of them.
+    rights_a, rights_b: one bool [N_set] per test set. `interval`, of 95 %, takes half a picture
+    more in each cell of a set's table of two by two (Agresti and Min 2005), without which it would
+    be too narrow where the two seldom differ. `wins` and `losses` count the pictures that only a or
+    only b got right, over all sets, and `p` is `sign_test` of them.
     """
-    differences, samples, total = [], [], np.zeros(3, int)
-    for seed, (a, b) in enumerate(zip(rights_a, rights_b)):
-        counts = np.array([(b & ~a).sum(), (a == b).sum(), (a & ~b).sum()])
-        drawn = np.random.default_rng(seed).multinomial(len(a), counts / len(a), RESAMPLES)
-        samples.append((drawn[:, 2] - drawn[:, 0]) / len(a))
-        differences.append((counts[2] - counts[0]) / len(a))
-        total += counts
-    low, high = np.percentile(np.mean(samples, axis=0), [2.5, 97.5])
-    losses, _, wins = total.tolist()
+    wins = np.array([(a & ~b).sum() for a, b in zip(rights_a, rights_b)])
+    losses = np.array([(b & ~a).sum() for a, b in zip(rights_a, rights_b)])
+    n = np.array([len(a) for a in rights_a])
+    middle = (wins - losses) / (n + 2)
+    variance = ((wins + losses + 1) / (n + 2) - middle**2) / (n + 2)
+    half = Z * np.sqrt(variance.sum()) / len(n)
     return {
-        "difference": float(np.mean(differences)),
-        "interval": [float(low), float(high)],
-        "wins": wins,
-        "losses": losses,
-        "p": sign_test(wins, losses),
+        "difference": float(np.mean((wins - losses) / n)),
+        "interval": [float(middle.mean() - half), float(middle.mean() + half)],
+        "wins": int(wins.sum()),
+        "losses": int(losses.sum()),
+        "p": sign_test(int(wins.sum()), int(losses.sum())),
     }
 
 

@@ -107,6 +107,12 @@ def create_backbone(name, img_size, options):
     return timm.create_model(name, **options)
 
 
+def heads(backbone):
+    """The classifiers of a timm model: several of those that were made to be distilled (DeiT)."""
+    found = backbone.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
 def read_teacher_weights(path, name, classes):
     """The state dict in a file for a timm model, without a prefix such as `module.` or `backbone.`.
 
@@ -207,7 +213,8 @@ def precision(device):
     none: untried.
     """
     if device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # which need not be the current one
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bfloat16 else torch.float16
     if device.type == "cpu":
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch

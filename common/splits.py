@@ -193,8 +193,11 @@ def leaked_paths(pictures, others, kind, drop, allow):
     return leaks_left_out(shared(pictures, others, names), said, drop, allow)
 
 
-def paths_of_split_parts(pictures, others, pattern, drop, allow):
-    """As `leaked_paths`, of training pictures of parts that others show too, by --group-regex."""
+def paths_of_split_parts(pairs, pattern, drop, allow):
+    """As `leaked_paths`, of pictures of parts that others show too, by --group-regex.
+
+    pairs: list of (`Pictures`, list of other `Pictures`).
+    """
     if pattern is None:
         return []
 
@@ -204,9 +207,12 @@ def paths_of_split_parts(pictures, others, pattern, drop, allow):
     def names(each):
         parts = (validation.part_of(path, pattern) for path in below(each))
         return [[part] if part else [] for part in parts]
-    validation.groups_of(below(pictures), pattern)  # refuses a pattern that matches nothing
-    said = "training pictures show parts that test or validation pictures show, by --group-regex"
-    return leaks_left_out(shared(pictures, others, names), said, drop, allow)
+    leaks = {}
+    for pictures, others in pairs:
+        validation.groups_of(below(pictures), pattern)  # refuses a pattern that matches nothing
+        leaks |= dict(shared(pictures, others, names))
+    said = "training or validation pictures show parts that others show, by --group-regex"
+    return leaks_left_out(list(leaks.items()), said, drop, allow)
 
 
 def shared(pictures, others, names):

@@ -324,6 +324,7 @@ def identity(header, schedule):
         **{flag: value for flag, value in args.items() if flag not in FREE_ON_RESUME},
         **schedule,
         "pictures": header["dataset"]["fingerprint"],
+        "held_out": header["dataset"]["held_out"],
         "dropped": header["dataset"]["dropped"],
         "ensemble": header.get("ensemble_sha256"),
         "pretrained": bool(args.get("weights") or args.get("pretrained")),

@@ -10,7 +10,8 @@ from collections import Counter
 import numpy as np
 
 from common.audit import near_duplicates
-from common.files import UserError
+from common.files import UserError, some_of
+from common.pictures import say_once
 
 MOST = 100_000  # pictures that are compared with all others: from half a minute to half an hour
 LARGE = 0.2  # share of a class from which on a cluster of near-duplicates is named
@@ -64,8 +65,12 @@ def groups_of(paths, pattern):
     if pattern is None:
         return paths
     parts = [part_of(path, pattern) for path in paths]
-    if set(parts) <= {None}:
+    unmatched = [path for path, part in zip(paths, parts) if part is None]
+    if len(unmatched) == len(paths):
         raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
+    if unmatched:
+        say_once(f"--group-regex matches {len(paths) - len(unmatched)} of {len(paths)} paths; each "
+                 f"of the others counts as a part of its own: {some_of(unmatched)}")
     return [part or path for part, path in zip(parts, paths)]
 
 

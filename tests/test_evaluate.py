@@ -78,8 +78,8 @@ def test_intervals_are_called_what_they_are(inside, tmp_path, logits_of, capfd):
     low, high = metrics.wilson(56, 60)
     assert f"[{100 * low:.1f} to {100 * high:.1f}]" in text
     assert f"[{low:.4f}, {high:.4f}]" in printed
-    assert "Wilson's of a share, the bootstrap's of a difference" in text
-    assert "[95 % intervals], Wilson's of accuracies, the bootstrap's of differences" in printed
+    assert "Wilson's of a share, Agresti and Min's of a difference" in text
+    assert "[95 % intervals], Wilson's of accuracies, Agresti and Min's of differences" in printed
 
 
 @pytest.mark.parametrize("missed, verdict", [(0, "met"), (2, "not shown to be met"), (8, "missed")])

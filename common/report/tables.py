@@ -27,7 +27,7 @@ def print_tables(summary):
             rows.append([f"  {of}", accuracy, *others, minus(s, name == baseline), "", "", ""])
     widths = [max(map(len, column)) for column in zip(*rows)]
     sizes = ", ".join(f"{of} {s['n']}" for of, s in model["sets"].items())
-    compared = f", the bootstrap's of differences to {baseline}; wins:losses" if baseline else ""
+    compared = f", Agresti and Min's of differences to {baseline}; wins:losses" if baseline else ""
     print(f"\ntest pictures: {sizes}; [95 % intervals], Wilson's of accuracies{compared}")
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
