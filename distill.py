@@ -26,7 +26,17 @@ import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 
-from common import cli, distributed, export, export_onnx, folders, models, splits, training
+from common import (
+    cli,
+    distributed,
+    export,
+    export_onnx,
+    folders,
+    models,
+    splits,
+    training,
+    validation,
+)
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
@@ -112,6 +122,7 @@ def distil(output, onnx, args):
     """Train the student into the run folder `output` and export it."""
     # What the ensemble was made from, and what it said.
     spec = load_ensemble(args.ensemble)
+    models.require_its_teachers(args.ensemble, spec)
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)
     with distributed.first_then_others():
@@ -216,6 +227,7 @@ def export_student(output, pictures, val, spec, onnx, args):
         "good_classes": good_classes(state["classes"], args.good_class),
         "view_size": dataset["view_size"],
         "white_level": dataset["white_level"],
+        "group_regex": dataset["group_regex"],
         "weights_sha256": state["weights_sha256"],
         "checkpoint_sha256": file_sha256(output / "model.pt"),
         "ensemble_sha256": state["ensemble_sha256"],
@@ -225,7 +237,8 @@ def export_student(output, pictures, val, spec, onnx, args):
     limits = export.Limits("miss", args.max_miss_rate or MISS_RATE, args.max_int8_drop)
     if args.max_false_alarm_rate:
         limits = replace(limits, goal="false_alarm", target=args.max_false_alarm_rate)
-    exported = export.export_student(student, val, views, about, limits, output, onnx)
+    parts = validation.parts_of(val, dataset["group_regex"])
+    exported = export.export_student(student, val, parts, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
 
@@ -270,15 +283,19 @@ def announce(path, metadata):
     )
     print(f"{path}: sha256 {file_sha256(path)}")
     if point:
-        print(describe_threshold(point, " or ".join(metadata["good_classes"])))
+        good, by_part = " or ".join(metadata["good_classes"]), metadata["group_regex"]
+        print(describe_threshold(point, good, " (a part counts once)" if by_part else ""))
 
 
-def describe_threshold(point, good):
-    """`choose_threshold`'s result in words, and a warning where too few pictures support it."""
+def describe_threshold(point, good, counted=""):
+    """`choose_threshold`'s result in words, and a warning where too few pictures support it.
+
+    good: names of the good classes; counted: how pictures were counted.
+    """
     kind, target = "defects" if point["goal"] == "miss" else "good parts", 100 * point["target"]
     text = (
         f"threshold {point['threshold']:.4f} on the probability of not being {good}, for at most "
-        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}"
+        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}{counted}"
     )
     if point["pictures"] < point["needed"]:
         text += (

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import audit, cli, export, folders, metrics, models, report, splits
+from common import audit, cli, export, folders, metrics, models, report, splits, validation
 from common.audit.label_errors import label_errors_of_sets
 from common.ensemble import load_ensemble
 from common.files import (
@@ -206,14 +206,8 @@ def open_model(path):
     """The `Model` at a path. Raises UserError for what is none of this project."""
     if path.is_dir():
         spec = load_ensemble(path)
+        models.require_its_teachers(path, spec, all_here=True)
         files = [Path(teacher["path"]) for teacher in spec["teachers"]]
-        for file, teacher in zip(files, spec["teachers"]):
-            weights = models.read_header(file)["weights_sha256"] if file.is_file() else None
-            if weights != teacher["weights_sha256"]:
-                raise UserError(
-                    f"{path}: its teacher {file} is missing or was trained again; "
-                    "build the ensemble again"
-                )
         combination = spec["temperatures"], spec["weights"]
         return Model("ensemble", spec, spec["dataset"], files, *combination)
     if not path.is_file():
@@ -274,7 +268,8 @@ def run_models(tested, tests, good, device, batch_size):
             logits = [outputs[file][0][of] for file in model.files]
             together = product_of_experts(logits, model.temperatures, model.weights)
             answers[name, of] = together.numpy()
-            scores[of] = score(model, answers[name, of], pictures.labels.numpy(), good)
+            parts = validation.parts_of(pictures, model.header.get("group_regex"))
+            scores[of] = score(model, answers[name, of], pictures.labels.numpy(), parts, good)
         made_from = {key: model.header[key] for key in MADE_FROM if key in model.header}
         if model.kind == "exported":
             made_from["sha256"] = file_sha256(model.files[0])
@@ -286,6 +281,7 @@ def run_models(tested, tests, good, device, batch_size):
             **{key: sum(cost[key] for cost in costs) for key in costs[0]},  # teachers' together
             "latency_device": "cpu" if model.kind == "exported" else str(device),
             "good_classes": model.header.get("good_classes", []),
+            "group_regex": model.header.get("group_regex"),
             "validation": model.validation,
             "made_from": made_from,
         }
@@ -323,15 +319,17 @@ def latency(network, view_size, device, times=25, warm_up=5):
     return 1e3 * float(np.median(seconds[warm_up:]))
 
 
-def score(model, probabilities, labels, good):
+def score(model, probabilities, labels, parts, good):
     """All metrics of a model on one test set; of a file with a threshold also what that does there.
 
-    probabilities: float [N, K]; labels: int [N]; good: numbers of the good classes.
+    probabilities: float [N, K]; labels: int [N]; parts: N names of what the pictures show; good:
+    numbers of the good classes.
     """
     scores = metrics.score(probabilities, labels, good)
     if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        rates = metrics.rates(*metrics.defects(probabilities, labels, good), point["threshold"])
+        of_parts = metrics.of_parts(*metrics.defects(probabilities, labels, good), parts)
+        rates = metrics.rates(*of_parts, point["threshold"])
         scores["operating_point"] = {**point, **rates}
     return scores
 

@@ -24,7 +24,7 @@ from common.files import (
     written_together,
 )
 from common.losses import fit_temperature
-from common.metrics import choose_threshold, defects, numbers_of, score
+from common.metrics import choose_threshold, defects, numbers_of, of_parts, score
 
 SCHEMA = 7
 TOLERANCE = 1e-4  # of a probability, between a network and its file
@@ -104,21 +104,21 @@ def int8_trunk(classifier, batches):
 @dataclass(frozen=True)
 class Limits:
     """What the exported files must keep: a rate's target, see `choose_threshold`, and the points of
-    validation accuracy that an int8 file may lose (or one picture)."""
+    validation accuracy, plain and balanced, that an int8 file may lose (or one picture)."""
 
     goal: str
     target: float
     max_int8_drop: float
 
 
-def export_student(student, val, views, about, limits, folder, onnx=False):
+def export_student(student, val, parts, views, about, limits, folder, onnx=False):
     """Write student.ts and, where that loses little, student.int8.ts: each calibrated on val.
 
     student: a ResNet18 `Classifier` on the CPU, in evaluation mode; val: pictures with `labels`
-    int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; views: function that yields training
-    views, float [B, 3, H, W] in [0, 255], that int8 ranges are measured on; about: what the
-    metadata says beside measurements, with view_size, classes and good_classes; onnx:
-    whether to write student.onnx and student.int8.onnx too. What `folder` held of an earlier export
+    int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; parts: N names of what they show; views:
+    function that yields training views, float [B, 3, H, W] in [0, 255], that int8 ranges are
+    measured on; about: what the metadata says beside measurements, with view_size, classes and
+    good_classes; onnx: whether to write student.onnx and student.int8.onnx too. What `folder` held of an earlier export
     is replaced when all are written; until then, and after an error, it stays. Returns
     {name: metadata} of what was written.
     """
@@ -131,17 +131,19 @@ def export_student(student, val, views, about, limits, folder, onnx=False):
     }
     plain, labels = Deployed(student, float_trunk(student), about["view_size"]), val.labels
     float_logits = logits_of(plain, val)
-    floats = measured(float_logits, labels, {**about, "precision": "float32"}, limits)
+    floats = measured(float_logits, labels, parts, {**about, "precision": "float32"}, limits)
     exported = {}
     with written_together(folder, EXPORTED) as home:
         for name, network in networks_of(student, plain, views, onnx):
-            metadata = floats
+            logits = float_logits if name == "student.ts" else logits_of(network, val)
             if ".int8" in name:
-                logits = logits_of(network, val)
                 loss = int8_loss(folder / name, logits, float_logits, labels, limits)
                 if loss is None:
                     continue
-                metadata = measured(logits, labels, {**about, **loss}, limits)
+                metadata = measured(logits, labels, parts, {**about, **loss}, limits)
+            else:
+                require_near(name, F.softmax(float_logits, dim=1), F.softmax(logits, dim=1))
+                metadata = floats
             network.save(metadata, home / name)
             check_parity(network, home / name)
             exported[name] = metadata
@@ -163,14 +165,20 @@ def networks_of(student, plain, views, onnx):
 def int8_loss(path, logits, float_logits, labels, limits):
     """What an int8 file loses on validation, printed and as plain data; None where too much."""
     decisions, float_decisions = logits.argmax(1), float_logits.argmax(1)
-    lost = int((float_decisions == labels).sum() - (decisions == labels).sum())
-    drop = 100 * lost / len(labels)
+    of_class = labels.bincount(minlength=logits.shape[1])
+    right, float_right = (labels[each == labels].bincount(minlength=len(of_class))
+                          for each in (decisions, float_decisions))
+    lost = float_right - right
+    drop = 100 * int(lost.sum()) / len(labels)
+    balanced = 100 * float((lost / of_class.clamp(min=1))[of_class > 0].mean())
     disagreement = float((decisions != float_decisions).float().mean())
     print(
-        f"{path}: {drop:+.1f} points of val accuracy lost ({lost} of {len(labels)} pictures), "
-        f"{100 * disagreement:.1f} % of val decisions differ from float32's"
+        f"{path}: {drop:+.1f} points of val accuracy lost ({int(lost.sum())} of {len(labels)} "
+        f"pictures), {balanced:+.1f} of balanced accuracy, {100 * disagreement:.1f} % of val "
+        "decisions differ from float32's"
     )
-    if lost > 1 and drop > limits.max_int8_drop:  # a single picture is chance
+    losses = (drop, lost.sum()), (balanced, lost.max())  # a single picture is chance
+    if any(points > limits.max_int8_drop and count > 1 for points, count in losses):
         print(
             f"{path} not written: more than --max-int8-drop {limits.max_int8_drop} points; "
             "use the float32 file or allow a larger drop"
@@ -187,18 +195,19 @@ def logits_of(network, pictures):
     return torch.cat([network.logits(pictures.batch(batch)) for batch in batches])
 
 
-def measured(logits, labels, about, limits):
+def measured(logits, labels, parts, about, limits):
     """The metadata of a file: `about`, and temperature, threshold and accuracy on validation.
 
-    logits: float [N, K], what the file says before calibration; labels: int64 [N]. There is no
-    threshold without good classes, or without good and defective pictures.
+    logits: float [N, K], what the file says before calibration; labels: int64 [N]; parts: N names
+    of what the pictures show. There is no threshold without good classes, or without good and
+    defective pictures.
     """
     temperature = fit_temperature(logits, labels)
     probabilities = torch.softmax(logits / temperature, dim=1).numpy()
     metrics, point = score(probabilities, labels), None
     if about["good_classes"]:
         good = numbers_of(about["good_classes"], about["classes"])
-        scores, defective = defects(probabilities, labels.numpy(), good)
+        scores, defective = of_parts(*defects(probabilities, labels.numpy(), good), parts)
         if defective.any() and not defective.all():
             point = choose_threshold(scores, defective, limits.goal, limits.target)
     kept = ("accuracy", "accuracy_interval", "balanced_accuracy", "nll", "ece", "n")
@@ -241,11 +250,16 @@ def check_parity(network, path):
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
         expected = torch.softmax(network.logits(frames) / metadata["temperature"], dim=1)
-    gap = float((expected - student(frames)).abs().max())
+    require_near(path.name, expected, student(frames))
+
+
+def require_near(name, expected, found):
+    """Raise RuntimeError where probabilities [N, K] are not those of the network that was trained."""
+    gap = float((expected - found).abs().max())
     if not gap <= TOLERANCE:
         raise RuntimeError(
-            f"{path.name}: its probabilities differ by {gap:.1e} from those of the network that "
-            "was trained; nothing was written"
+            f"{name}: its probabilities differ by {gap:.1e} from those of the network that was "
+            "trained; nothing was written"
         )
 
 

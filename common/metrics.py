@@ -178,6 +178,19 @@ def defects(probabilities, labels, good):
     return defect_scores(probabilities, good), ~np.isin(labels, good)
 
 
+def of_parts(scores, defective, parts):
+    """(scores, defective), a row per part: of its defects the mildest, of good pictures the worst.
+
+    scores: float [N]; defective: bool [N]; parts: N names of what the pictures show. Several
+    pictures of one part are no trials of their own, and promise no more than one.
+    """
+    row_of = {}
+    for score, is_defect, part in zip(scores.tolist(), defective.tolist(), parts):
+        kinder = min if is_defect else max
+        row_of[part, is_defect] = kinder(score, row_of.get((part, is_defect), score))
+    return np.array([*row_of.values()]), np.array([is_defect for _, is_defect in row_of])
+
+
 def rates(scores, defective, threshold):
     """Miss rate and false-alarm rate at a threshold, as plain data with counts and intervals.
 

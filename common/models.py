@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import timm
 import torch
@@ -273,6 +274,22 @@ def read_header(path):
     """What a checkpoint says beside its weights, which stay on disk; refused as by the above."""
     state = load_checkpoint(path, mmap=True)
     return {key: value for key, value in state.items() if key != "state_dict"}
+
+
+def require_its_teachers(folder, spec, all_here=False):
+    """Refuse an ensemble, a folder and its spec, of which a teacher was trained again since.
+
+    all_here: refuse it as well where a teacher is missing.
+    """
+    for teacher in spec["teachers"]:
+        file = Path(teacher["path"])
+        if not file.is_file() and not all_here:
+            continue
+        if not file.is_file() or read_header(file)["weights_sha256"] != teacher["weights_sha256"]:
+            raise UserError(
+                f"{folder}: its teacher {file} is missing or was trained again; "
+                "build the ensemble again"
+            )
 
 
 def load_model(path, device):

@@ -74,6 +74,12 @@ def groups_of(paths, pattern):
     return [part or path for part, path in zip(parts, paths)]
 
 
+def parts_of(pictures, pattern):
+    """What each picture shows, as `groups_of` names it, also where the pattern matches no path."""
+    below = [path.split("/", 1)[1] for path in pictures.paths()]
+    return [pattern and part_of(path, pattern) or path for path in below]
+
+
 def part_of(path, pattern):
     """The first match group of a pattern in a path, None where it does not match."""
     match = re.search(pattern, path)

@@ -192,6 +192,13 @@ def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move
     assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
 
 
+def test_both_heads_of_a_transformer_that_was_made_to_be_distilled_learn_at_the_full_rate():
+    model = models.create_teacher("deit_tiny_distilled_patch16_224", 3, [32, 32])
+    groups = train_teacher.parameter_groups(model, 0.05, 0.75, 0.1)
+    full = [p for group in groups if group["lr_scale"] == 1.0 for p in group["params"]]
+    assert sorted(p.numel() for p in full) == [3, 3, 3 * 192, 3 * 192]
+
+
 def test_what_attends_is_told_by_its_heads_and_not_by_its_name():
     def is_transformer(name):
         with torch.device("meta"):

@@ -117,6 +117,18 @@ def test_an_int8_file_that_loses_too_much_is_not_written(edge, tiny, tmp_path, m
     assert not (tmp_path / "s" / "student.int8.ts").exists()
 
 
+def test_a_rare_class_that_an_int8_file_loses_counts_as_much_as_a_common_one(tmp_path, capsys):
+    labels = torch.tensor([0] * 96 + [1] * 4)
+    right = F.one_hot(labels, 2).float()
+    blind = right.clone()
+    blind[96:98] = right[0]  # 2 of 100 pictures, but half of the rare class
+    limits = export.Limits("miss", 0.05, max_int8_drop=2.0)
+    assert export.int8_loss(tmp_path, blind, right, labels, limits) is None
+    assert "+2.0 points of val accuracy lost (2 of 100 pictures), +25.0" in capsys.readouterr().out
+    blind[96] = right[96]
+    assert export.int8_loss(tmp_path, blind, right, labels, limits)["int8_drop"] == 1.0
+
+
 def test_another_target_needs_no_training(edge, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny.root)
     shutil.copytree(edge, tmp_path / "s")

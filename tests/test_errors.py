@@ -228,6 +228,11 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
     save_json(record, folder / "ensemble.json")
     assert "view recipe version differs" in distil(folder)
 
+    record = load_json(copied() / "ensemble.json")
+    record["teachers"][0]["weights_sha256"] = "of before"
+    save_json(record, folder / "ensemble.json")
+    assert "test_resnet/model.pt is missing or was trained again" in distil(folder)
+
     view = copied() / "view_001.npy"
     view.write_bytes(view.read_bytes()[:-8])
     assert "computes it anew" in distil(folder)

@@ -13,6 +13,7 @@ from common.metrics import (
     difference,
     ece,
     largest_count,
+    of_parts,
     pictures_needed,
     promised_rate,
     rates,
@@ -111,6 +112,16 @@ def test_better_than_needs_the_exact_sign_test():
     wrong[:6] = False
     assert verdict(difference([right], [wrong])) == "better than"
     assert verdict(difference([wrong], [right])) == "worse than"
+
+
+def test_pictures_of_one_part_promise_no_more_than_one():
+    scores, defective = np.array([0.9, 0.2, 0.8, 0.1, 0.3]), np.array([1, 1, 1, 0, 0], bool)
+    scores, defective = of_parts(scores, defective, ["a", "a", "b", "c", "c"])
+    assert scores.tolist() == [0.2, 0.8, 0.3] and defective.tolist() == [True, True, False]
+    many, defective = np.linspace(0, 1, 70), np.arange(70) >= 10
+    names = [f"{row // 5}" for row in range(70)]  # 12 defective parts of 5 pictures
+    point = choose_threshold(*of_parts(many, defective, names), "miss", 0.05)
+    assert point["pictures"] == 12 and point["promised"] == pytest.approx(1 - 0.05 ** (1 / 12))
 
 
 def test_wilson_interval_by_hand():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import export, metrics
+from common import export, metrics, validation
 from common.files import atomic_path, save_json
 from common.report import charts, tables
 from infer import LARGEST, OPACITY, RED, occlusion_map
@@ -157,7 +157,8 @@ def details(summary, answers, pictures, shown):
         point = model["sets"][name].get("operating_point")
         if point:
             good = metrics.numbers_of(model["good_classes"], summary["classes"])
-            scores, defective = metrics.defects(p, labels, good)
+            parts = validation.parts_of(each, model["group_regex"])
+            scores, defective = metrics.of_parts(*metrics.defects(p, labels, good), parts)
             if defective.any() and not defective.all():
                 curves.append(charts.operating_curve(scores, defective, point))
         wrong = np.flatnonzero(p.argmax(1) != labels)
