@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import cli, distributed, folders, models, splits
+from common import cli, distributed, folders, models, splits, validation
 from common.audit.label_errors import find_label_errors, label_error_lines
 from common.ensemble import (
     SCHEMA,
@@ -50,7 +50,7 @@ def parse_arguments():
     p.add_argument("--views", type=cli.positive_int,
                    help="augmented views to store, beside the plain one (default: as many as make "
                    f"{PICTURE_VIEWS} picture-views, {EMBEDDED_VIEWS} of the embedded set, at least "
-                   f"{FEWEST})")
+                   f"{FEWEST} and at most {MOST})")
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
@@ -189,7 +189,8 @@ def load_teachers(paths, device):
 def open_pool(cache, val, dataset, args):
     """(unlabelled pictures, what ensemble.json says of them), or (None, None) without a pool.
 
-    Refuses test and validation pictures among them, or drops them.
+    Refuses test and validation pictures among them, or drops them; near-duplicates of validation
+    pictures, at the size of the views, are counted, or go too.
     """
     folder = folders.pool_folder(dataset["dir"], args.unlabelled)
     if folder is None:
@@ -197,6 +198,8 @@ def open_pool(cache, val, dataset, args):
     pool, unlabelled = splits.open_pool(cache, folder, dataset)
     others = [val, *splits.open_to_compare(cache, dataset)]
     dropped = splits.leaked_paths(pool, others, "unlabelled", args.drop_leaks, args.allow_leakage)
+    dropped += validation.repeated(cache.home, pool, val, "unlabelled", args.drop_leaks)
+    dropped = list(dict.fromkeys(dropped))
     return splits.without(pool, dropped), {**unlabelled, "dropped": dropped}
 
 

@@ -233,7 +233,8 @@ def open_pictures(folder, view_size, args):
         if args.val_fraction:
             print("--val-fraction is not used, since there is a val/")
         parts.append((train, [val]))
-        dropped += repeated_in_val(cache, train, val, dataset, args.drop_leaks)
+        in_detail = splits.in_detail(cache, dataset, train, val)
+        dropped += validation.repeated(cache.home, *in_detail, "training", args.drop_leaks)
     dropped += splits.paths_of_split_parts(parts, args.group_regex, *leaks)
     if dropped:
         dropped = list(dict.fromkeys(dropped))
@@ -247,20 +248,6 @@ def open_pictures(folder, view_size, args):
     for line in size_lines((train + val).sizes(), view_size):
         print(line)
     return train, val, dataset
-
-
-def repeated_in_val(cache, train, val, dataset, drop):
-    """Say how many training pictures val/ nearly repeats; returns the paths of those to drop."""
-    pairs = validation.repeats(cache.home, *splits.in_detail(cache, dataset, train, val))
-    if not pairs:
-        return []
-    count, of = len(pairs), len({theirs for _, theirs in pairs})
-    print(
-        f"{'' if drop else 'warning: '}{count} training pictures are near-duplicates of {of} of "
-        f"{len(val)} validation pictures ({' = '.join(pairs[0])}), so validation praises who "
-        f"remembers; {'left out' if drop else '--drop-leaks leaves these training pictures out'}"
-    )
-    return [ours for ours, _ in pairs] if drop else []
 
 
 def default_view_size(folder):

@@ -163,7 +163,7 @@ def add_leak_flags(g):
     leaks = g.add_mutually_exclusive_group()
     leaks.add_argument("--drop-leaks", action="store_true",
                        help="leave pictures out that a test* folder holds too or whose part it "
-                       "shows (--group-regex), and training pictures that val/ nearly repeats")
+                       "shows (--group-regex), and pictures that validation nearly repeats")
     leaks.add_argument("--allow-leakage", action="store_true",
                        help="go on although test pictures are among the others")
 

@@ -118,9 +118,9 @@ def export_student(student, val, parts, views, about, limits, folder, onnx=False
     int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; parts: N names of what they show; views:
     function that yields training views, float [B, 3, H, W] in [0, 255], that int8 ranges are
     measured on; about: what the metadata says beside measurements, with view_size, classes and
-    good_classes; onnx: whether to write student.onnx and student.int8.onnx too. What `folder` held of an earlier export
-    is replaced when all are written; until then, and after an error, it stays. Returns
-    {name: metadata} of what was written.
+    good_classes; onnx: whether to write student.onnx and student.int8.onnx too. What `folder` held
+    of an earlier export is replaced when all are written; until then, and after an error, it stays.
+    Returns {name: metadata} of what was written.
     """
     about = {
         **about,
@@ -254,7 +254,7 @@ def check_parity(network, path):
 
 
 def require_near(name, expected, found):
-    """Raise RuntimeError where probabilities [N, K] are not those of the network that was trained."""
+    """Raise RuntimeError where probabilities [N, K] differ: a file's, and the trained network's."""
     gap = float((expected - found).abs().max())
     if not gap <= TOLERANCE:
         raise RuntimeError(

@@ -155,12 +155,25 @@ def classes_without(labels, val, classes):
     return [name for name, n, of in zip(classes, held, total) if n in (0, of)]
 
 
-def repeats(home, train, val):
-    """[(path of a training picture, path of the validation picture that it nearly repeats)].
+def repeated(home, pictures, val, kind, drop):
+    """Say how many pictures validation nearly repeats; returns the paths of those to drop.
 
-    home: folder of the decoded cache; train, val: `Pictures`.
+    home: folder of the decoded cache; pictures, val: `Pictures`; kind: "training" or "unlabelled".
     """
-    both = val + train
-    begin = np.repeat([0, len(val)], [len(val), len(train)])
+    pairs = repeats(home, pictures, val)
+    if pairs:
+        count, of = len(pairs), len({theirs for _, theirs in pairs})
+        print(
+            f"{'' if drop else 'warning: '}{count} {kind} pictures are near-duplicates of {of} of "
+            f"{len(val)} validation pictures ({' = '.join(pairs[0])}), so validation praises who "
+            f"remembers; {'left out' if drop else f'--drop-leaks leaves these {kind} pictures out'}"
+        )
+    return [ours for ours, _ in pairs] if drop else []
+
+
+def repeats(home, pictures, val):
+    """[(path of a picture, path of the validation picture that it nearly repeats)]."""
+    both = val + pictures
+    begin = np.repeat([0, len(val)], [len(val), len(pictures)])
     pairs = compare(home, both, begin)
     return [(both.path(i), both.path(j)) for i, j, _ in pairs]

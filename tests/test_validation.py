@@ -5,6 +5,7 @@ import pytest
 from conftest import CPU, call, make_set
 from PIL import Image, ImageEnhance, ImageOps
 
+import build_ensemble
 import train_teacher
 from common import splits, validation
 from common.files import UserError
@@ -177,3 +178,20 @@ def test_near_duplicates_of_val_are_counted_and_dropped_from_training(tmp_path, 
     dataset = load_checkpoint(tmp_path / "runs" / "test_resnet" / "model.pt")["dataset"]
     names = ("cross/z0", "level/z0", "level/z1")
     assert dataset["dropped"] == [f"train/{name}.jpg" for name in names]
+
+
+def test_near_duplicates_of_validation_in_the_pool_are_counted_and_left_out(
+    tmp_path, monkeypatch, capfd
+):
+    parts = make_set(tmp_path / "parts", {"train": 6, "val": 3, "unlabelled": 4})
+    for number in range(2):
+        twin(parts / "val" / "level" / "l000.png", parts / "unlabelled" / f"z{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    words = ("--data-dir", "parts", "--view-size", "48x64", "--model", "test_resnet", "--steps", 1)
+    assert call(train_teacher.main, *words, *CPU) == 0
+    assert call(build_ensemble.main, "--views", 1, *CPU) == 0
+    said = capfd.readouterr().out
+    assert "2 unlabelled pictures are near-duplicates of 1 of 9 validation pictures" in said
+    assert "32 pictures, 2 views" in said
+    assert call(build_ensemble.main, "--views", 1, "--drop-leaks", "--overwrite", *CPU) == 0
+    assert "30 pictures, 2 views" in capfd.readouterr().out

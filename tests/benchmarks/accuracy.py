@@ -105,7 +105,7 @@ def mean_of_tests(rows, column):
 
 
 def better_alone(rows):
-    """The name of the stand-alone student of a set at its better length by validation, the first of equals."""
+    """The name of a set's stand-alone student at its better length by validation, or first one."""
     names = [name for name, (_, alpha) in STUDENTS.items() if alpha == 0]
     on_val = [np.mean([float(row["val_balanced_accuracy"]) for row in select(rows, model=name)])
               for name in names]
