@@ -234,11 +234,11 @@ def export_student(output, pictures, val, spec, onnx, args):
         "data_fingerprint": dataset["fingerprint"],
         "calibration_pictures": len(some),
     }
-    limits = export.Limits("miss", args.max_miss_rate or MISS_RATE, args.max_int8_drop)
+    parts = validation.parts_of(val, dataset["group_regex"])
+    limits = export.Limits("miss", args.max_miss_rate or MISS_RATE, args.max_int8_drop, parts)
     if args.max_false_alarm_rate:
         limits = replace(limits, goal="false_alarm", target=args.max_false_alarm_rate)
-    parts = validation.parts_of(val, dataset["group_regex"])
-    exported = export.export_student(student, val, parts, views, about, limits, output, onnx)
+    exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
 

@@ -50,7 +50,8 @@ CHECKSUMS = {".ts": 95, ".onnx": 89}  # bytes at a file's end with the sha256 of
 OLDEST = {".ts": "2.0", ".onnx": "1.14", "Pillow": "9.0"}  # versions that were tried
 ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM has the last two
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
-POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; age at which an unreadable file is bad
+POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; s at rest until an unreadable file is bad
+DARK = 1 / 16  # of the white level: a picture that never reaches it is of another bit depth
 AGAIN = 10.0  # s until a picture is tried again that something around it kept from being read
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
 warnings.filterwarnings("ignore", message=".*torch.jit")  # TorchScript is deprecated upstream
@@ -215,7 +216,12 @@ def pictures_below(folder, left_out, above=None):
         elif kind is None and is_file:
             yield entry
         elif kind is None and is_folder and (real := os.path.realpath(entry)) not in above:
-            yield from pictures_below(entry.path, left_out, above | {real})
+            try:
+                yield from pictures_below(entry.path, left_out, above | {real})
+            except FileNotFoundError:  # moved away meanwhile
+                pass
+            except OSError as error:
+                left_out[f"folder {entry.name} ({error.strerror})"] += 1
 
 
 def left_out_as(name, is_folder=False):
@@ -234,7 +240,7 @@ def left_out_as(name, is_folder=False):
 def left_out_line(folder, left_out):
     """In words how many were left out in a folder: a Counter by `left_out_as`."""
     counts = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
-    return f"{folder}: left out, since they are no pictures by their names: {counts}"
+    return f"{folder}: left out, no pictures by their names or not to be opened: {counts}"
 
 
 def stamp(file):
@@ -432,8 +438,8 @@ class Judge:
         verdict = {"path": printable(path.as_posix())}
         try:
             if picture is None:
-                picture, _, several = decode(path.read_bytes(), self.white_level)
-                verdict["note"] = "the first of several pages" if several else None
+                picture, brightest, several = decode(path.read_bytes(), self.white_level)
+                verdict["note"] = "; ".join(self.notes(brightest, several)) or None
         except Exception as error:  # Pillow raises many kinds for damaged files
             # What has an error number, a share's bad moment, says nothing about the picture.
             passing = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
@@ -450,6 +456,14 @@ class Judge:
             verdict["heatmap"] = self.draw(verdict, path, picture)
         return verdict
 
+    def notes(self, brightest, several):
+        """What is odd about a picture that can be judged; the arguments are as of `decode`."""
+        if several:
+            yield "the first of several pages is judged"
+        if brightest is not None and not DARK <= brightest / self.white_level <= 1:
+            effect = "clipped" if brightest > self.white_level else "nearly black"
+            yield f"brightest value {brightest:g}, white level {self.white_level:g}: {effect}"
+
     def decide(self, score):
         """REJECT unless the score is below a limit, so NaN is rejected."""
         return "PASS" if score < self.band[0] else "REVIEW" if score < self.band[1] else "REJECT"
@@ -457,7 +471,7 @@ class Judge:
     def draw(self, verdict, path, picture):
         """Write the picture with red over what speaks for the likeliest defect; the file's name."""
         os.makedirs(self.heatmaps, exist_ok=True)
-        if os.path.samefile(self.heatmaps, path.parent):
+        if Path(self.heatmaps).resolve() == path.parent.resolve():
             raise Refused(f"--heatmap {self.heatmaps}: among the pictures; name another folder")
         heat = occlusion_map(self.student, resize(picture, self.view_size), self.good) * OPACITY
         size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
@@ -481,7 +495,7 @@ def show(verdict, as_json, as_csv):
         print(f"{verdict['path']}: cannot be read ({verdict['error']})", file=sys.stderr)
         return True
     if verdict.get("note"):
-        print(f"{verdict['path']}: {verdict['note']} is judged", file=sys.stderr)
+        print(f"{verdict['path']}: {verdict['note']}", file=sys.stderr)
     if as_json:
         print(json.dumps({name: value for name, value in verdict.items() if value is not None}))
     elif as_csv:
@@ -498,8 +512,8 @@ def watch(folder, judge, report):
     """Judge what arrives below `folder`, each picture once, across restarts, kills and full disks.
 
     judged.jsonl gets a line per picture, after its heatmap and before its report; where one of the
-    three cannot be written, the picture counts as not judged. One that is moved to another folder
-    is another one.
+    three cannot be written, the picture counts as not judged. One that is moved to another folder,
+    or whose time of change is set anew, is another one.
     """
     try:
         from filelock import FileLock, Timeout
@@ -521,19 +535,23 @@ def watch(folder, judge, report):
                 judged.add(tuple(json.loads(whole)["key"]))
         print(f"watching {printable(folder)}, {len(judged)} judged before", file=sys.stderr)
         later = {}  # pictures that something around them kept from being read: when to try again
+        tried = {}  # when others could not be read for the first time: they may not be whole yet
         for path, key in arrivals(folder, judged):
             if time.monotonic() < later.get(key, 0):
                 continue
             verdict = judge(path)
-            if stamp(path) != key[1:]:
-                continue  # it is still being written
+            now = stamp(path)
+            if now != key[1:] and (now or "error" in verdict):
+                continue  # it is still being written, or was taken away too early
             if verdict.get("passing"):
                 if key not in later:
                     report(verdict)
                 later[key] = time.monotonic() + AGAIN
                 continue
-            if "error" in verdict and time.time() - key[2] / 1e9 < SETTLE:
-                continue
+            if "error" in verdict:
+                first = tried.setdefault(key, time.monotonic())
+                if time.monotonic() - first < SETTLE:
+                    continue
             line = (json.dumps({"key": key, **verdict}) + "\n").encode()
             end = log.seek(0, os.SEEK_END)
             try:
@@ -567,12 +585,12 @@ def arrivals(folder, judged):
             line = left_out_line(folder, left_out)
         except OSError as error:  # a share's bad moment
             now, line = set(), f"{error.filename}: {error.strerror}; looking again"
-            left_out = Counter([error.strerror])
+            left_out = Counter([error.strerror])  # said anew after a look that succeeds
         fresh = (now & before) - judged  # its size may be final long before its last pixels
         took = time.perf_counter() - start
         if left_out.keys() - said:
             print(printable(line), file=sys.stderr)
-            said |= left_out.keys()
+        said = set(left_out)
         for key in sorted(fresh, key=lambda key: (key[2], key[0])):
             yield Path(folder, key[0]), key
         before = now

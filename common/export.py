@@ -104,23 +104,27 @@ def int8_trunk(classifier, batches):
 @dataclass(frozen=True)
 class Limits:
     """What the exported files must keep: a rate's target, see `choose_threshold`, and the points of
-    validation accuracy, plain and balanced, that an int8 file may lose (or one picture)."""
+    validation accuracy, plain and balanced, that an int8 file may lose (or one picture).
+
+    parts: what each validation picture shows, N names; see `of_parts`.
+    """
 
     goal: str
     target: float
     max_int8_drop: float
+    parts: list
 
 
-def export_student(student, val, parts, views, about, limits, folder, onnx=False):
+def export_student(student, val, views, about, limits, folder, onnx=False):
     """Write student.ts and, where that loses little, student.int8.ts: each calibrated on val.
 
     student: a ResNet18 `Classifier` on the CPU, in evaluation mode; val: pictures with `labels`
-    int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; parts: N names of what they show; views:
-    function that yields training views, float [B, 3, H, W] in [0, 255], that int8 ranges are
-    measured on; about: what the metadata says beside measurements, with view_size, classes and
-    good_classes; onnx: whether to write student.onnx and student.int8.onnx too. What `folder` held
-    of an earlier export is replaced when all are written; until then, and after an error, it stays.
-    Returns {name: metadata} of what was written.
+    int64 [N] and `batch(indices)` -> uint8 [B, H, W, 3]; views: function that yields training
+    views, float [B, 3, H, W] in [0, 255], that int8 ranges are measured on; about: what the
+    metadata says beside measurements, with view_size, classes and good_classes; onnx: whether to
+    write student.onnx and student.int8.onnx too. What `folder` held of an earlier export is
+    replaced when all are written; until then, and after an error, it stays. Returns
+    {name: metadata} of what was written.
     """
     about = {
         **about,
@@ -131,7 +135,7 @@ def export_student(student, val, parts, views, about, limits, folder, onnx=False
     }
     plain, labels = Deployed(student, float_trunk(student), about["view_size"]), val.labels
     float_logits = logits_of(plain, val)
-    floats = measured(float_logits, labels, parts, {**about, "precision": "float32"}, limits)
+    floats = measured(float_logits, labels, {**about, "precision": "float32"}, limits)
     exported = {}
     with written_together(folder, EXPORTED) as home:
         for name, network in networks_of(student, plain, views, onnx):
@@ -140,7 +144,7 @@ def export_student(student, val, parts, views, about, limits, folder, onnx=False
                 loss = int8_loss(folder / name, logits, float_logits, labels, limits)
                 if loss is None:
                     continue
-                metadata = measured(logits, labels, parts, {**about, **loss}, limits)
+                metadata = measured(logits, labels, {**about, **loss}, limits)
             else:
                 require_near(name, F.softmax(float_logits, dim=1), F.softmax(logits, dim=1))
                 metadata = floats
@@ -195,19 +199,18 @@ def logits_of(network, pictures):
     return torch.cat([network.logits(pictures.batch(batch)) for batch in batches])
 
 
-def measured(logits, labels, parts, about, limits):
+def measured(logits, labels, about, limits):
     """The metadata of a file: `about`, and temperature, threshold and accuracy on validation.
 
-    logits: float [N, K], what the file says before calibration; labels: int64 [N]; parts: N names
-    of what the pictures show. There is no threshold without good classes, or without good and
-    defective pictures.
+    logits: float [N, K], what the file says before calibration; labels: int64 [N]. There is no
+    threshold without good classes, or without good and defective pictures.
     """
     temperature = fit_temperature(logits, labels)
     probabilities = torch.softmax(logits / temperature, dim=1).numpy()
     metrics, point = score(probabilities, labels), None
     if about["good_classes"]:
         good = numbers_of(about["good_classes"], about["classes"])
-        scores, defective = of_parts(*defects(probabilities, labels.numpy(), good), parts)
+        scores, defective = of_parts(*defects(probabilities, labels.numpy(), good), limits.parts)
         if defective.any() and not defective.all():
             point = choose_threshold(scores, defective, limits.goal, limits.target)
     kept = ("accuracy", "accuracy_interval", "balanced_accuracy", "nll", "ece", "n")

@@ -96,23 +96,28 @@ def px(size):
 
 
 @contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and move it into place.
+def named(path):
+    """Give an OSError that does not name its file, as of a full or failing disk, this path."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
-    An OSError that does not name its file, as of a full disk, gets the name of this one.
-    """
+
+@contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success flush it to disk and move it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's number alone, which processes of two containers or hosts may share.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with named(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -279,7 +284,7 @@ def remembered(home, name, identity, make):
 def file_sha256(path):
     """sha256 of a file's bytes, as a hexadecimal string; about a second per GB."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -20,10 +20,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import infer
 from common import files
 from common.files import UserError
 from common.losses import UNLABELLED
@@ -32,6 +34,8 @@ from infer import EXTENSIONS, decode, left_out_as, left_out_line, why_unreadable
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per value
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats, bytes, cameras of 10 to 16 bits
 VERSION = 6  # raise it when decoding or resizing changes
+LIMITS = (infer.MAX_PIXELS, infer.MAX_SIDE, infer.MAX_SCANS, infer.LARGE, infer.DENSITY)
+READER = [PIL.__version__, *LIMITS]  # what decides which pictures can be read
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -195,7 +199,7 @@ class DecodedCache:
                 of_several_pages += several
                 if its_brightest is not None:
                     brightest = max(brightest or 0.0, its_brightest)
-        index = {**wanted, "bad": bad, "sizes": sizes, "brightest": brightest,
+        index = {**wanted, "bad": bad, "reader": READER, "sizes": sizes, "brightest": brightest,
                  "of_several_pages": of_several_pages}
         files.save_json(index, home / "index.json")
         seconds = time.perf_counter() - start
@@ -204,13 +208,17 @@ class DecodedCache:
 
 
 def read_index(home, wanted):
-    """The stored index where it matches `wanted` and its array is undamaged, else None."""
+    """The stored index where it matches `wanted` and its array is undamaged, else None.
+
+    Of pictures that could not be read it holds for as long as the reader is the same.
+    """
     try:
         index = files.load_json(home / "index.json")
         files.check_checksum(home / "images.bin")
     except UserError:
         return None
-    return index if wanted.items() <= index.items() else None
+    outlived = index.get("bad") and index.get("reader") != READER
+    return index if wanted.items() <= index.items() and not outlived else None
 
 
 def decode_file(path, digest, size, white_level):
@@ -219,7 +227,8 @@ def decode_file(path, digest, size, white_level):
 
     Raises OSError for what is wrong around a picture, such as a share that is gone for a moment.
     """
-    content = path.read_bytes()
+    with files.named(path):
+        content = path.read_bytes()
     try:
         if hashlib.sha256(content).hexdigest() != digest:
             raise ValueError("changed while it was read")

@@ -14,7 +14,7 @@ from common import splits, validation
 from common.audit import audit, audit_lines, find_copies, propose_groups
 from common.audit import label_errors as errors
 from common.audit import near_duplicates as near
-from common.audit.shortcuts import ridge
+from common.audit.shortcuts import discriminant
 from common.fasteners.drawing import CLASSES, draw
 from common.pictures import DecodedCache
 
@@ -141,13 +141,26 @@ def test_likeness_is_one_for_equal_detail_and_low_for_other_detail():
     assert near.likeness(noise[0], noise[1]).max() < 0.3
 
 
-def test_class_balanced_ridge_sees_through_a_large_class():
+def test_the_discriminant_sees_through_a_large_class():
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], [450, 50])
     x = (labels + rng.normal(0, 0.7, 500))[:, None]
-    answer = ridge(x, labels, [x])[0].argmax(1)
+    answer = discriminant(x, labels, [x])[0].argmax(1)
     recalls = [(answer[labels == c] == c).mean() for c in (0, 1)]
     assert min(recalls) > 0.65  # unbalanced, the small class would be missed
+
+
+def test_a_property_that_grows_from_class_to_class_is_a_shortcut_too():
+    labels = np.repeat(range(6), 20)
+    x = np.random.default_rng(0).normal(40 + 25 * labels, 3)[:, None]
+    assert (discriminant(x, labels, [x])[0].argmax(1) == labels).mean() > 0.99
+
+
+def test_what_never_varies_in_training_decides_nothing():
+    labels = np.repeat([0, 1], [500, 100])
+    x = np.c_[labels, np.full(600, 640 / 480)]
+    others = np.c_[labels, np.full(600, 1280 / 720)]  # of another camera
+    assert (discriminant(x, labels, [others])[0].argmax(1) == labels).all()
 
 
 def test_group_proposals_follow_file_names():
@@ -237,3 +250,8 @@ def test_one_line_names_three_of_hundreds_of_classes():
                 "sizes": {}, "shortcuts": {}, "per_class": {"test": [5] * 300}}
     (line,) = audit_lines(findings, [f"class {k}" for k in range(300)])
     assert "class 0 (5), class 1 (5), class 2 (5) and 297 more" in line
+
+    pair = {"picture": "a", "of": "b", "set": "train", "of_set": "train", "labels": [0, 1],
+            "kind": "pixels"}
+    findings |= {"conflicts": [pair] * 200, "per_class": {}}
+    assert audit_lines(findings, ["x", "y"])[-1] == "and 194 more pairs with different labels"

@@ -122,7 +122,7 @@ def test_a_rare_class_that_an_int8_file_loses_counts_as_much_as_a_common_one(tmp
     right = F.one_hot(labels, 2).float()
     blind = right.clone()
     blind[96:98] = right[0]  # 2 of 100 pictures, but half of the rare class
-    limits = export.Limits("miss", 0.05, max_int8_drop=2.0)
+    limits = export.Limits("miss", 0.05, max_int8_drop=2.0, parts=[])
     assert export.int8_loss(tmp_path, blind, right, labels, limits) is None
     assert "+2.0 points of val accuracy lost (2 of 100 pictures), +25.0" in capsys.readouterr().out
     blind[96] = right[96]

@@ -287,9 +287,12 @@ def test_a_watched_folder_is_judged_once_and_whole_across_a_kill(edge, tiny, tmp
     half = open(tmp_path / "half.png", "wb")
     half.write(source[5][:200])
     half.flush()
-    soon = time.time() + 100
-    os.utime(tmp_path / "half.png", (soon, soon))  # just changed, however slow this machine is
-    wait_until(lambda: len(names_judged(tmp_path)) == 5)
+
+    def five_are_judged():
+        os.utime(tmp_path / "half.png")  # just changed, however slow this machine is
+        return len(names_judged(tmp_path)) == 5
+
+    wait_until(five_are_judged)
     first.send_signal(signal.SIGKILL) if hasattr(signal, "SIGKILL") else first.kill()
     first.wait()
 
@@ -496,6 +499,73 @@ def test_a_folder_that_cannot_be_searched_for_a_moment_is_searched_again(
     path, _ = next(infer.arrivals(tmp_path, set()))
     assert path == tmp_path / "a.png"
     assert capsys.readouterr().err.count("Input/output error; looking again") == 1
+
+
+def watched(folder, judge, monkeypatch, enough):
+    """What infer.watch reports of a folder until `enough` pictures are told, and what was said."""
+    told = []
+
+    def sleep(_):
+        if len(told) == enough:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        infer.watch(folder, judge, told.append)
+    return told
+
+
+def test_a_folder_that_may_not_be_searched_stops_nothing_around_it(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("locked/a.png", "open/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    told = watched(tmp_path, lambda path: {"path": path.name}, monkeypatch, 1)
+    assert [verdict["path"] for verdict in told] == ["b.png"]
+    assert "1 folder locked (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_taken_away_while_it_is_judged_keeps_its_verdict(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def judge(path):
+        path.unlink()
+        return {"path": path.name, "class": "level"}
+
+    (verdict,) = watched(tmp_path, judge, monkeypatch, 1)
+    assert verdict["class"] == "level" and names_judged(tmp_path) == ["a.png"]
+
+
+def test_an_unreadable_picture_is_reported_whatever_the_clock_of_its_disk_says(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "a.png").write_bytes(b"x")
+    ahead = time.time() + 7200
+    os.utime(tmp_path / "a.png", (ahead, ahead))
+    monkeypatch.setattr(infer, "SETTLE", 0.2)
+    broken = {"path": "a.png", "error": "damaged", "passing": False}
+    assert watched(tmp_path, lambda path: broken, monkeypatch, 1) == [broken]
+
+
+def test_pictures_of_another_bit_depth_than_the_model_s_are_told(tmp_path):
+    metadata = {"view_size": [4, 4], "white_level": 4095, "classes": ["a", "b"],
+                "good_classes": [], "operating_point": None}
+    judge = infer.Judge(lambda pictures: np.array([[0.1, 0.9]], np.float32), metadata)
+    notes = []
+    for value in (200, 300, 4095, 20_000):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "a.png")
+        notes.append(judge(tmp_path / "a.png")["note"])
+    assert notes == ["brightest value 200, white level 4095: nearly black", None, None,
+                     "brightest value 20000, white level 4095: clipped"]
 
 
 def test_what_is_around_a_picture_is_not_taken_for_the_picture(tmp_path, monkeypatch):

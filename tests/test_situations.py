@@ -20,7 +20,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import cli, files, folders, metrics, models, splits
+from common import cli, files, folders, metrics, models, pictures, splits
 from common.files import UserError
 from common.pictures import DecodedCache, list_pictures
 
@@ -404,18 +404,29 @@ def test_processes_of_one_number_write_to_files_of_their_own(tmp_path, monkeypat
         theirs.write_text("2")
 
 
+def test_a_picture_that_another_reader_can_read_is_read_anew(tmp_path, monkeypatch):
+    train = make_set(tmp_path / "s", {"train": 3}) / "train"
+    monkeypatch.setattr(infer, "MAX_PIXELS", 100)
+    cache = DecodedCache(tmp_path / "decoded", skip_bad=True)
+    assert len(cache.open(train, [16, 16]).bad) == 9
+    monkeypatch.undo()
+    assert len(cache.open(train, [16, 16]).bad) == 9  # the same reader, as far as is known
+    monkeypatch.setattr(pictures, "READER", ["of another version"])
+    assert not cache.open(train, [16, 16]).bad
+
+
 def test_a_share_s_bad_moment_is_no_fault_of_a_picture(tmp_path, monkeypatch, capsys):
     train = make_set(tmp_path / "s", {"train": 3}) / "train"
     read = type(train).read_bytes
 
     def fail(path):
         if path.name == "l001.png":
-            raise OSError(errno.EIO, "Input/output error", str(path))
+            raise OSError(errno.EIO, "Input/output error")  # as read() raises it
         return read(path)
 
     monkeypatch.setattr(type(train), "read_bytes", fail)
     lenient = DecodedCache(tmp_path / "decoded", skip_bad=True)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="l001.png"):
         lenient.open(train, [16, 16])
     assert "start again when the disk or share answers" in cli.in_one_line(
         OSError(errno.EIO, "Input/output error", "x"))

@@ -12,7 +12,7 @@ from common import files, folders, splits  # splits: it may be importing common.
 from common.audit import near_duplicates, shortcuts
 from common.files import UserError, px, some_of
 
-VERSION = 7  # raise it when the audit changes
+VERSION = 8  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 CONFLICTS = 6  # lines about copies with different labels
 
@@ -146,6 +146,8 @@ def audit_lines(findings, classes, group_regex=None):
             both = f"{copy['picture']} and {copy['of']} {verb} copies"
             conflicts.append(f"{sets}: {both} with different labels")
     lines += conflicts[:CONFLICTS]
+    if conflicts[CONFLICTS:]:
+        lines.append(f"and {len(conflicts) - CONFLICTS} more pairs with different labels")
 
     if findings["groups"] and group_regex is None:
         proposal = (

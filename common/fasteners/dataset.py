@@ -138,7 +138,7 @@ def draw_all(folder, jobs, progress):
     for home in {(folder / file).parent for file, *_ in jobs}:
         home.mkdir(parents=True)
     disable = None if progress else True  # None: a bar on a terminal, silence in a log
-    with ProcessPoolExecutor(cores()) as pool:
+    with ProcessPoolExecutor(min(cores(), 61)) as pool:  # more of them Windows refuses
         done = pool.map(partial(save_picture, folder), jobs, chunksize=32)
         for _ in tqdm(done, "drawing pictures", len(jobs), disable=disable):
             pass

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import export, metrics, validation
+from common import export, metrics, splits, validation
 from common.files import atomic_path, save_json
 from common.report import charts, tables
 from infer import LARGEST, OPACITY, RED, occlusion_map
@@ -92,6 +92,7 @@ def write(summary, answers, pictures, audited, folder):
         curves=charts.training_charts(trained),
         occlusion=occlusion(shown, models[shown]),
         picture=lambda name, row, heat_of=None: address(sets[name], row, heat_of),
+        copies=worst_first(summary["audit"]["copies"] if summary["audit"] else []),
         most=SHOWN,
         wide=width > 1.5 * height,
         metrics=metrics,
@@ -142,8 +143,8 @@ def shortcut_warnings(summary):
     for by, scores_of in (summary["audit"] or {"shortcuts": {}})["shortcuts"].items():
         for of, scores in scores_of.items():
             best = max(m["sets"][of]["balanced_accuracy"] for m in summary["models"].values())
-            reached = scores["balanced_accuracy"]
-            if reached - chance > NEAR * (best - chance):
+            reached, whole = scores["balanced_accuracy"], min(summary["audit"]["per_class"][of]) > 0
+            if whole and reached - chance > NEAR * (best - chance):
                 warnings.append({"set": of, "by": by, "reached": reached, "best": best})
     return warnings
 
@@ -170,6 +171,14 @@ def details(summary, answers, pictures, shown):
         worst = worst_classes(model["sets"][name]["confusion_matrix"])
         by_set[name] = {"curves": curves, "wrong": len(wrong), "mistakes": mistakes, "worst": worst}
     return by_set
+
+
+def worst_first(copies):
+    """Copies of the audit: first those whose labels differ, then those in test sets."""
+    def rank(copy):
+        a, b = copy["labels"]
+        return a == b or min(a, b) < 0, copy["set"] in splits.TRAINING_SETS
+    return sorted(copies, key=rank)
 
 
 def worst_classes(matrix):

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/shortcuts.py      # 10 s; draws the embedded set if need be
 
-Class-balanced ridge regression on 8x8 thumbnails and on the mean colour, fitted on the labelled
+A class-balanced linear discriminant on 8x8 thumbnails and on mean colours, fitted on the labelled
 training pictures and on five times as many that are drawn for this purpose, scored on both test
 sets. Chance is 1 in 6 classes: 16.7 %.
 """
@@ -12,7 +12,7 @@ from bench import print_table
 from PIL import Image
 
 from common import cli
-from common.audit.shortcuts import ridge
+from common.audit.shortcuts import discriminant
 from common.fasteners import CLASSES
 from common.fasteners.dataset import SEED
 from common.fasteners.drawing import draw
@@ -54,7 +54,7 @@ def main():
     for side, name in ((8, "8x8 thumbnail"), (1, "mean colour")):
         others = [thumbnails(pictures, side) for pictures, _ in tests]
         for pictures, labels in (train, drawn):
-            answers = ridge(thumbnails(pictures, side), labels, others)
+            answers = discriminant(thumbnails(pictures, side), labels, others)
             row = [name, f"{len(labels)}"]
             for answer, (_, truth) in zip(answers, tests):
                 row.append(f"{100 * (answer.argmax(1) == truth).mean():.1f}")
