@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import print_table, run_stages
-from curves import SETS, TAUGHT, development_folder, task_of, teacher
+from curves import SETS, TAUGHT, another_draw, development_folder, task_of, teacher
 
 import train_teacher
 from common import cli, models, splits
-from common.fasteners import dataset as fasteners
 from common.losses import fit_temperature, fit_weights
 from common.metrics import score
 from common.pictures import DecodedCache
@@ -28,7 +27,6 @@ ROUNDS = 200  # of expectation maximisation
 PRIORS = (0, 3, 10, 30, 100, 300, 1000)
 WAYS = ("mean of probabilities", "equal weights", *(f"prior {prior}" for prior in PRIORS))
 EMBEDDED = "embedded, another draw"
-fasteners.SEED += 1000  # so that it is another one
 KINDS = ("as it is", "a fifth of it", "leaking")
 
 
@@ -46,9 +44,9 @@ def mean_weights(probabilities, labels):
 
 def embedded_teachers(home, seed):
     """The embedded set's default teachers, trained on another draw of it."""
-    fasteners.make_dataset(home / "data")
+    data = another_draw(home / "data")
     steps, runs = train_teacher.EMBEDDED_STEPS, home / f"seed_{seed}"
-    words = ["train_teacher.py", "--data-dir", home / "data", "--model", *steps, "--seed", seed]
+    words = ["train_teacher.py", "--data-dir", data, "--model", *steps, "--seed", seed]
     words += ["--steps", *steps.values(), "--lr", train_teacher.EMBEDDED_LR, "--view-size"]
     run_stages([("teachers", [*words, train_teacher.EMBEDDED_SIZE, "--output", runs])], runs)
     return [runs / name / "model.pt" for name in steps]

@@ -33,6 +33,7 @@ from sets import TASKS as AS_TESTED
 from sets import TEACHERS, add_sources, group_of, lay_out, source_of, teach
 
 from common import cli
+from common.fasteners import dataset as fasteners
 from common.files import load_json
 
 SIZES = {"ballscrew": "32x80"}  # px of the views; of other sets SIZE
@@ -40,7 +41,8 @@ SIZE = "64"
 LENGTHS, TAUGHT = (500, 2000, 8000), ((TEACHERS[0], 500), (TEACHERS[1], 2000))
 PICTURE_VIEWS = 48_000  # stored for the distilled student: a quarter of what it sees in 8,000 steps
 MODELS = (*TEACHERS, "ensemble", "alone", "distilled")
-SETS = ("elpv_100", "neu_cls_10", "elpv_all", "ballscrew")
+SETS = ("elpv_100", "neu_cls_10", "embedded", "elpv_all", "ballscrew")
+OTHER_SEED = fasteners.SEED + 1000  # of the embedded set's development pictures
 COLUMNS = ("balanced_accuracy", "auroc", "nll")  # of the tables
 FIELDS = (
     "set", "seed", "model", "steps", "n", "accuracy", "balanced_accuracy", "auroc", "nll",
@@ -57,7 +59,12 @@ def task_of(name):
 
 
 def development_folder(task, args, home, seed):
-    """The set as accuracy.py lays it out, but a third of its training pictures are test/."""
+    """The set as accuracy.py lays it out, but a third of its training pictures are test/.
+
+    The embedded set is drawn anew, with another seed, and has its own test sets then.
+    """
+    if task.folder == "embedded":
+        return another_draw(home.parent / "data")
     theirs, source = source_of(task, args.data, Path(args.output)), home / "source"
     if not (source / "done").is_file():
         files = sorted(file for file in (theirs / "train").rglob("*") if file.is_file())
@@ -68,6 +75,13 @@ def development_folder(task, args, home, seed):
             link(file, source / side / file.parent.name / file.name)
         (source / "done").touch()
     return lay_out(task, source, home, seed)
+
+
+def another_draw(folder):
+    """The embedded set, drawn with another seed where it is missing; returns the folder."""
+    fasteners.SEED = OTHER_SEED
+    fasteners.make_dataset(folder)
+    return folder
 
 
 # ------------------------------------------------------------------------------------- running
@@ -98,11 +112,14 @@ def score(path, pictures, home):
 
 
 def evaluated(path, pictures, home):
-    """The scores of evaluate.py for a model on the test pictures of a folder."""
+    """The scores of evaluate.py for a model on a folder's test pictures, mean of the test sets."""
     report = home / "report_of_one"  # accuracy.py's stays
     call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
     (result,) = load_json(report / "metrics.json")["models"].values()
-    return result["sets"]["test"]
+    sets = list(result["sets"].values())
+    columns = [name for name in ("accuracy", *COLUMNS) if name in sets[0]]
+    means = {name: np.mean([each[name] for each in sets]) for name in columns}
+    return {"n": sum(each["n"] for each in sets), **means}
 
 
 def teacher(task, pictures, home, seed, args, model, steps, *more):
