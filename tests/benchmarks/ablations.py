@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench import (
     append_rows,
     half_width,
-    link,
     print_table,
     read_rows,
     select,
@@ -39,22 +37,15 @@ from curves import (
 )
 from sets import TEACHERS, add_sources
 
-from build_ensemble import in_batches, teacher_logits
-from common import cli, models, splits
-from common.ensemble import load_ensemble, write_view
-from common.files import save_json
+from common import cli
 from common.metrics import wilson
-from common.pictures import DecodedCache
-from common.views import ViewRecipe, render
 
 GROUP, STEPS = "patient", 2000
 BASES = {  # of each group in the CSV, what the other rows are compared with
     "patient": "base", "pool": "base", "labelled": "labelled only",
     "resolution": "70 px, 1600 steps",
 }
-FOLDS = 2
 CURVES = Path(__file__).with_name("curves.csv")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,6 @@ class Row:
     student: tuple = ()
     steps: float = 1
     teachers: tuple = TAUGHT
-    cross_fitted: bool = False
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
@@ -87,7 +77,6 @@ ROWS = {
     "a frozen transformer, crops down to 0.6": Row(
         ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
     ),
-    "a frozen transformer, both cross-fitted": Row(teachers=(FROZEN, TAUGHT[1]), cross_fitted=True),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
@@ -116,75 +105,8 @@ def build(change, task, pictures, home, seed, args):
     """The folder of the row's ensemble, built where it is missing."""
     words = [word for each in change.teachers for word in each] if change.teachers != TAUGHT else []
     name = file_name("ensemble", *change.build, *words)
-    folder = ensemble(task, pictures, home, seed, args, *change.build, taught=change.teachers,
-                      name=name)
-    if not change.cross_fitted:
-        return folder
-    fitted = home / f"{name}_cross_fitted"
-    if not (fitted / "ensemble.json").is_file():
-        cross_fit(folder, fitted, change.teachers, task, pictures, home, seed, args)
-    return fitted
-
-
-def cross_fit(plain, fitted, taught, task, pictures, home, seed, args):
-    """Write an ensemble like a plain one whose answers are of teachers that never saw the picture.
-
-    Each fold's teachers are trained on the other folds; their logits are divided by the
-    temperatures that their own validation gives, and weighted as the fold's own were (Dao et al.
-    2021, "Knowledge distillation as semiparametric inference"). taught: as `ensemble` has it. Of
-    sets without a pool.
-    """
-    spec = load_ensemble(plain)
-    train, _, dataset = splits.open_training(DecodedCache(cli.CACHE), spec["dataset"])
-    fold_of = {f"train/{file.parent.name}/{file.name}": number % FOLDS
-               for number, file in enumerate(training_files(pictures))}
-    folds = np.array([fold_of[path] for path in train.paths()])
-
-    shape = (1 + spec["views"], len(TEACHERS), len(train), len(dataset["classes"]))
-    answers, weights = np.zeros(shape, np.float32), []
-    for fold in range(FOLDS):
-        folder = fold_folder(pictures, home, fold)
-        networks, mixture = fold_teachers(folder, taught, task, seed, args)
-        temperatures = np.array(mixture["temperatures"], np.float32)[:, None, None]
-        for rows in in_batches(np.flatnonzero(folds == fold), 64):
-            for view, logits in enumerate(answers):
-                pixels = view_of(train, rows, view, spec)
-                logits[:, rows] = teacher_logits(networks, pixels) / temperatures
-        weights.append(mixture["weights"])
-    for view, logits in enumerate(answers):
-        write_view(fitted, view, logits)
-    changed = {"temperatures": [1.0] * len(TEACHERS), "weights": np.mean(weights, axis=0).tolist()}
-    save_json({**spec, **changed}, fitted / "ensemble.json")
-
-
-def fold_teachers(folder, taught, task, seed, args):
-    """(networks, the spec of their ensemble) of the teachers trained on one `fold_folder`."""
-    spec = load_ensemble(ensemble(task, folder, folder, seed, args, "--views", 1, taught=taught))
-    return [models.load_model(each["path"], DEVICE)[0] for each in spec["teachers"]], spec
-
-
-def view_of(pictures, rows, view, spec):
-    """Pixels of one view of some pictures, as an ensemble's teachers see it."""
-    recipe = ViewRecipe.from_dict(spec["view_recipe"])
-    batch = pictures.batch(rows, DEVICE)
-    return render(batch, rows, np.full(len(rows), view), spec["seed"], recipe)
-
-
-def fold_folder(pictures, home, fold):
-    """The development folder without a fold of its training pictures: every FOLDS-th."""
-    folder = home / f"fold_{fold}"
-    for name in ("val", "test"):
-        for file in (pictures / name).rglob("*.*"):
-            link(file, folder / name / file.parent.name / file.name)
-    for number, file in enumerate(training_files(pictures)):
-        if number % FOLDS != fold:
-            link(file, folder / "train" / file.parent.name / file.name)
-    return folder
-
-
-def training_files(pictures):
-    """The training pictures of a folder, in the order that folds count them by."""
-    return sorted((pictures / "train").rglob("*.*"))
+    return ensemble(task, pictures, home, seed, args, *change.build, taught=change.teachers,
+                    name=name)
 
 
 # -------------------------------------------------------------------------------------- tables
