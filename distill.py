@@ -93,8 +93,8 @@ def parse_arguments():
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction,
                         help="share of the good parts that may be rejected, instead")
     g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
-                   help="points of validation accuracy that an int8 file may lose, or one "
-                   "picture; else it is not written (default: %(default)s)")
+                   help="points of validation accuracy, plain and balanced, that an int8 file may "
+                   "lose, or one picture; else it is not written (default: %(default)s)")
     g.add_argument("--onnx", action="store_true",
                    help="write both files as ONNX too (needs onnx, onnxscript and onnxruntime)")
     cli.add_common_flags(p)
@@ -113,7 +113,7 @@ def main():
         if onnx:
             export_onnx.require_packages()
         if args.resume:
-            keep_operating_point(output / "student.ts", args)
+            keep_operating_point(output, args)
         distil(output, onnx, args)
     cli.print_laps()
 
@@ -122,7 +122,9 @@ def distil(output, onnx, args):
     """Train the student into the run folder `output` and export it."""
     # What the ensemble was made from, and what it said.
     spec = load_ensemble(args.ensemble)
-    models.require_its_teachers(args.ensemble, spec)
+    for file in models.changed_teachers(spec) if args.alpha and not args.resume else ():
+        if file.is_file():
+            print(f"warning: {args.ensemble}: {file} is another teacher now than it was built from")
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)
     with distributed.first_then_others():
@@ -243,19 +245,23 @@ def export_student(output, pictures, val, spec, onnx, args):
         announce(output / name, metadata)
 
 
-def keep_operating_point(path, args):
-    """Fill in flags of the threshold that are not given with those of the file that is there."""
-    if not path.is_file():
-        return
+def keep_operating_point(output, args):
+    """Fill in flags of the threshold that are not given: as they were in the last export, or at the
+    start of the run."""
+    begun = [output / name for name in ("model.pt", "last.pt") if (output / name).is_file()]
+    before = dict(models.read_header(begun[0])["args"]) if begun else vars(args)
     try:
-        before = export.load_exported(path)[1]
-    except UserError as error:
-        print(f"{error}: exported anew, with the flags given now")
-        return
-    args.good_class = args.good_class or before["good_classes"] or None
-    point = before["operating_point"]
-    if point and not (args.max_miss_rate or args.max_false_alarm_rate):
-        setattr(args, f"max_{point['goal']}_rate", point["target"])
+        metadata = export.load_exported(output / "student.ts")[1]
+        before["good_class"] = metadata["good_classes"] or before["good_class"]
+        if point := metadata["operating_point"]:
+            before |= {"max_miss_rate": None, "max_false_alarm_rate": None}
+            before[f"max_{point['goal']}_rate"] = point["target"]
+    except UserError:  # missing, or damaged
+        pass
+    args.good_class = args.good_class or before["good_class"]
+    if not (args.max_miss_rate or args.max_false_alarm_rate):
+        args.max_miss_rate = before["max_miss_rate"]
+        args.max_false_alarm_rate = before["max_false_alarm_rate"]
 
 
 def check_good_classes(classes, wanted):
@@ -283,19 +289,19 @@ def announce(path, metadata):
     )
     print(f"{path}: sha256 {file_sha256(path)}")
     if point:
-        good, by_part = " or ".join(metadata["good_classes"]), metadata["group_regex"]
-        print(describe_threshold(point, good, " (a part counts once)" if by_part else ""))
+        defects = "defective parts" if metadata["group_regex"] else "defects"
+        print(describe_threshold(point, " or ".join(metadata["good_classes"]), defects))
 
 
-def describe_threshold(point, good, counted=""):
+def describe_threshold(point, good, defects="defects"):
     """`choose_threshold`'s result in words, and a warning where too few pictures support it.
 
-    good: names of the good classes; counted: how pictures were counted.
+    good: names of the good classes; defects: what was counted.
     """
-    kind, target = "defects" if point["goal"] == "miss" else "good parts", 100 * point["target"]
+    kind, target = defects if point["goal"] == "miss" else "good parts", 100 * point["target"]
     text = (
         f"threshold {point['threshold']:.4f} on the probability of not being {good}, for at most "
-        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}{counted}"
+        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}"
     )
     if point["pictures"] < point["needed"]:
         text += (

@@ -206,7 +206,11 @@ def open_model(path):
     """The `Model` at a path. Raises UserError for what is none of this project."""
     if path.is_dir():
         spec = load_ensemble(path)
-        models.require_its_teachers(path, spec, all_here=True)
+        for file in models.changed_teachers(spec):
+            raise UserError(
+                f"{path}: its teacher {file} is missing or was trained again; "
+                "build the ensemble again"
+            )
         files = [Path(teacher["path"]) for teacher in spec["teachers"]]
         combination = spec["temperatures"], spec["weights"]
         return Model("ensemble", spec, spec["dataset"], files, *combination)
@@ -220,11 +224,13 @@ def open_model(path):
 
 
 def of_other_ensembles(tested):
-    """Names of the students that no ensemble under test has taught; none where there is none."""
-    ensembles = [Path(name, "ensemble.json") for name in tested if tested[name].kind == "ensemble"]
-    known = {file_sha256(file) for file in ensembles}
-    taught_by = {name: model.header.get("ensemble_sha256") for name, model in tested.items()}
-    return [name for name, its in taught_by.items() if known and its and its not in known]
+    """Names of distilled students that no ensemble under test has taught, if there is any."""
+    ensembles = [name for name, model in tested.items() if model.kind == "ensemble"]
+    known = {None, *(file_sha256(Path(name, "ensemble.json")) for name in ensembles)}
+    distilled = {name: model.header for name, model in tested.items()
+                 if model.header.get("args", {}).get("alpha", 1)}
+    return [name for name, header in distilled.items()
+            if ensembles and header.get("ensemble_sha256") not in known]
 
 
 def find_tests(data_dir):
@@ -328,8 +334,8 @@ def score(model, probabilities, labels, parts, good):
     scores = metrics.score(probabilities, labels, good)
     if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        of_parts = metrics.of_parts(*metrics.defects(probabilities, labels, good), parts)
-        rates = metrics.rates(*of_parts, point["threshold"])
+        scored = metrics.of_parts(*metrics.defects(probabilities, labels, good), parts)
+        rates = metrics.rates(*scored, point["threshold"])
         scores["operating_point"] = {**point, **rates}
     return scores
 

@@ -197,10 +197,11 @@ def list_pictures(names):
                 print(printable(left_out_line(folder, left_out)), file=sys.stderr)
 
 
-def pictures_below(folder, left_out, above=None):
+def pictures_below(folder, left_out, above=None, tolerant=False):
     """DirEntry of each picture below a folder, links followed unless they lead in a circle.
 
-    left_out: Counter of what is none, which grows; above: real paths of the folders around it.
+    left_out: Counter of what is none, which grows; above: real paths of the folders around it;
+    tolerant: whether folders inside that cannot be opened are left out too.
     """
     above = above or {os.path.realpath(each) for each in (folder, *Path(folder).parents)}
     with os.scandir(folder) as entries:
@@ -217,11 +218,12 @@ def pictures_below(folder, left_out, above=None):
             yield entry
         elif kind is None and is_folder and (real := os.path.realpath(entry)) not in above:
             try:
-                yield from pictures_below(entry.path, left_out, above | {real})
-            except FileNotFoundError:  # moved away meanwhile
-                pass
+                yield from pictures_below(entry.path, left_out, above | {real}, tolerant)
             except OSError as error:
-                left_out[f"folder {entry.name} ({error.strerror})"] += 1
+                if not tolerant:
+                    raise
+                if not isinstance(error, FileNotFoundError):  # moved away meanwhile
+                    left_out[f"folder {entry.name} ({error.strerror})"] += 1
 
 
 def left_out_as(name, is_folder=False):
@@ -471,8 +473,9 @@ class Judge:
     def draw(self, verdict, path, picture):
         """Write the picture with red over what speaks for the likeliest defect; the file's name."""
         os.makedirs(self.heatmaps, exist_ok=True)
-        if Path(self.heatmaps).resolve() == path.parent.resolve():
-            raise Refused(f"--heatmap {self.heatmaps}: among the pictures; name another folder")
+        with suppress(FileNotFoundError):  # the picture's folder was moved away
+            if os.path.samefile(self.heatmaps, path.parent):
+                raise Refused(f"--heatmap {self.heatmaps}: among the pictures; name another folder")
         heat = occlusion_map(self.student, resize(picture, self.view_size), self.good) * OPACITY
         size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
         image = Image.fromarray(picture).resize(size)
@@ -541,8 +544,9 @@ def watch(folder, judge, report):
                 continue
             verdict = judge(path)
             now = stamp(path)
-            if now != key[1:] and (now or "error" in verdict):
-                continue  # it is still being written, or was taken away too early
+            taken_away = now is None and "error" not in verdict
+            if now != key[1:] and not taken_away:
+                continue  # it is still being written
             if verdict.get("passing"):
                 if key not in later:
                     report(verdict)
@@ -563,12 +567,13 @@ def watch(folder, judge, report):
                 log.truncate(end)
                 raise
             judged.add(key)
+            tried.pop(key, None)
 
 
 def keys_below(folder, left_out):
     """{(name below the folder, size, time of change)} of the pictures; left_out: a Counter."""
     start, keys = len(os.path.join(folder, "")), set()
-    for entry in pictures_below(folder, left_out):
+    for entry in pictures_below(folder, left_out, tolerant=True):
         changed = stamp(entry)
         if changed:
             keys.add((entry.path[start:].replace(os.sep, "/"), *changed))
@@ -577,20 +582,22 @@ def keys_below(folder, left_out):
 
 def arrivals(folder, judged):
     """(path, key) of pictures below a folder that are not in `judged`, oldest first, for ever."""
-    before, said = set(), set()
+    before, said, failed = set(), set(), None
     while True:
-        start, left_out = time.perf_counter(), Counter()
+        start, left_out, line = time.perf_counter(), Counter(), None
         try:
-            now = keys_below(folder, left_out)
-            line = left_out_line(folder, left_out)
+            now, failed = keys_below(folder, left_out), None
+            if left_out.keys() - said:
+                line = left_out_line(folder, left_out)
+            said |= left_out.keys()
         except OSError as error:  # a share's bad moment
-            now, line = set(), f"{error.filename}: {error.strerror}; looking again"
-            left_out = Counter([error.strerror])  # said anew after a look that succeeds
+            now, before_that, failed = set(), failed, error.strerror
+            if failed != before_that:
+                line = f"{error.filename}: {failed}; looking again"
         fresh = (now & before) - judged  # its size may be final long before its last pixels
         took = time.perf_counter() - start
-        if left_out.keys() - said:
+        if line:
             print(printable(line), file=sys.stderr)
-        said = set(left_out)
         for key in sorted(fresh, key=lambda key: (key[2], key[0])):
             yield Path(folder, key[0]), key
         before = now

@@ -243,7 +243,7 @@ def open_pictures(folder, view_size, args):
         f"{folder}: {len(train)} training and {len(val)} validation pictures at "
         f"{px(view_size)}, classes {', '.join(dataset['classes'])}"
     )
-    if not tests:
+    if not folders.test_folders(folder):
         print(f"{folder}: has no test* folder; evaluate.py wants pictures that were in no training")
     for line in size_lines((train + val).sizes(), view_size):
         print(line)
@@ -279,7 +279,7 @@ def size_lines(sizes, view_size):
     pictures, reduced = "pictures of {:.0f} x {:.0f} px (median)".format(*median), "are not reduced"
     factor = max(median / (width, height))
     if factor > 1:
-        larger = [int(min(2 * side, own)) for side, own in zip(view_size, median[::-1])]
+        larger = [max(side, int(min(2 * side, own))) for side, own in zip(view_size, median[::-1])]
         reduced = (
             f"are reduced to {width} x {height}: a defect under {np.ceil(LOST * factor):.0f} px "
             f"is then under {LOST}, and lost; --view-size {larger[0]}x{larger[1]} keeps more, and "

@@ -166,7 +166,7 @@ def without(pictures, paths, classes=()):
         name = classes[min(lost)] if classes else "the folder of unlabelled pictures"
         raise UserError(
             f"--drop-leaks: leaves {name} without a picture; "
-            "remove the copies from the test set instead"
+            "remove the copies from the other sets instead"
         )
     return rest
 
@@ -196,7 +196,8 @@ def leaked_paths(pictures, others, kind, drop, allow):
 def paths_of_split_parts(pairs, pattern, drop, allow):
     """As `leaked_paths`, of pictures of parts that others show too, by --group-regex.
 
-    pairs: list of (`Pictures`, list of other `Pictures`).
+    pairs: list of (`Pictures`, list of other `Pictures`), the first of all that are labelled. Says
+    how many paths the pattern does not match.
     """
     if pattern is None:
         return []
@@ -207,9 +208,13 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
     def names(each):
         parts = (validation.part_of(path, pattern) for path in below(each))
         return [[part] if part else [] for part in parts]
-    leaks = {}
+    leaks, paths = {}, below(pairs[0][0])
+    validation.groups_of(paths, pattern)  # refuses a pattern that matches nothing
+    lone = [path for path in paths if validation.part_of(path, pattern) is None]
+    if lone:
+        print(f"--group-regex matches {len(paths) - len(lone)} of {len(paths)} paths; each of the "
+              f"others counts as a part of its own: {some_of(lone)}")
     for pictures, others in pairs:
-        validation.groups_of(below(pictures), pattern)  # refuses a pattern that matches nothing
         leaks |= dict(shared(pictures, others, names))
     said = "training or validation pictures show parts that others show, by --group-regex"
     return leaks_left_out(list(leaks.items()), said, drop, allow)

@@ -10,8 +10,7 @@ from collections import Counter
 import numpy as np
 
 from common.audit import near_duplicates
-from common.files import UserError, some_of
-from common.pictures import say_once
+from common.files import UserError
 
 MOST = 100_000  # pictures that are compared with all others: from half a minute to half an hour
 LARGE = 0.2  # share of a class from which on a cluster of near-duplicates is named
@@ -65,12 +64,8 @@ def groups_of(paths, pattern):
     if pattern is None:
         return paths
     parts = [part_of(path, pattern) for path in paths]
-    unmatched = [path for path, part in zip(paths, parts) if part is None]
-    if len(unmatched) == len(paths):
+    if set(parts) <= {None}:
         raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
-    if unmatched:
-        say_once(f"--group-regex matches {len(paths) - len(unmatched)} of {len(paths)} paths; each "
-                 f"of the others counts as a part of its own: {some_of(unmatched)}")
     return [part or path for part, path in zip(parts, paths)]
 
 
@@ -163,10 +158,12 @@ def repeated(home, pictures, val, kind, drop):
     pairs = repeats(home, pictures, val)
     if pairs:
         count, of = len(pairs), len({theirs for _, theirs in pairs})
+        verb = "are" if near_duplicates.shows_detail(val.view_size) else "may be"
+        remedy = "left out" if drop else f"--drop-leaks leaves these {kind} pictures out"
         print(
-            f"{'' if drop else 'warning: '}{count} {kind} pictures are near-duplicates of {of} of "
-            f"{len(val)} validation pictures ({' = '.join(pairs[0])}), so validation praises who "
-            f"remembers; {'left out' if drop else f'--drop-leaks leaves these {kind} pictures out'}"
+            f"{'' if drop else 'warning: '}{count} {kind} pictures {verb} near-duplicates of {of} "
+            f"of {len(val)} validation pictures ({' = '.join(pairs[0])}), so validation praises "
+            f"who remembers; {remedy}"
         )
     return [ours for ours, _ in pairs] if drop else []
 

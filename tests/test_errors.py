@@ -228,11 +228,6 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
     save_json(record, folder / "ensemble.json")
     assert "view recipe version differs" in distil(folder)
 
-    record = load_json(copied() / "ensemble.json")
-    record["teachers"][0]["weights_sha256"] = "of before"
-    save_json(record, folder / "ensemble.json")
-    assert "test_resnet/model.pt is missing or was trained again" in distil(folder)
-
     view = copied() / "view_001.npy"
     view.write_bytes(view.read_bytes()[:-8])
     assert "computes it anew" in distil(folder)
@@ -250,6 +245,18 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
     assert "ensemble differs" in refused(distill, *words, "--resume")
+
+
+def test_an_ensemble_whose_teacher_was_trained_again_is_told(refused, no_export, tmp_path, capfd):
+    folder = tmp_path / "e"
+    shutil.copytree("runs/ensemble", folder)
+    record = load_json(folder / "ensemble.json")
+    record["teachers"][0]["weights_sha256"] = "of before"
+    save_json(record, folder / "ensemble.json")
+    assert "test_resnet/model.pt is missing or was trained again" in refused(evaluate, folder)
+    words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
+    assert call(distill.main, *words) == 0  # what it said is still on disk
+    assert "test_resnet/model.pt is another teacher now" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # averaged and raw weights, the optimizer's

@@ -93,6 +93,13 @@ def test_difference_over_two_sets_is_the_mean_and_narrower():
     assert widths[1] == pytest.approx(widths[0] / np.sqrt(2), rel=0.1)
 
 
+def test_the_interval_over_small_sets_holds_the_difference_and_is_a_share():
+    right, wrong = np.ones(12, bool), np.zeros(12, bool)
+    one, five = difference([right], [wrong]), difference([right] * 5, [wrong] * 5)
+    assert one["interval"][1] == five["interval"][1] == 1.0
+    assert one["interval"][0] < five["interval"][0] < 1
+
+
 def test_a_model_against_itself_differs_by_nothing():
     a = np.random.default_rng(1).random(50) < 0.5
     nothing = difference([a], [a])

@@ -119,7 +119,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--data", type=Path, required=True, help="folder that holds the sets' folders")
     p.add_argument("--weights", type=Path, required=True, help="folder with the teachers' weights")
-    sets = (*SETS, EMBEDDED)
+    sets = (*(name for name in SETS if name != "embedded"), EMBEDDED)
     p.add_argument("--sets", nargs="+", default=sets, choices=sets, metavar="NAME")
     p.add_argument("--seeds", type=cli.seed, nargs="+", default=[100, 101], metavar="N")
     p.add_argument("--output", default="runs/curves", help="folder of curves.py")

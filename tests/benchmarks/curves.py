@@ -6,10 +6,11 @@
     pip install matplotlib && python tests/benchmarks/curves.py --picture    # from the CSV alone
 
 Development pictures: a third of the training ones (whole positions of the ball screw), another
-third for every seed, so the test split stays shut. Every point is a training of its own with its
-own schedule. Students of all lengths see the same pictures, and the distilled ones learn from the
-same ensemble, whose teachers were trained for TAUGHT steps: longer ones of DINOv2 were no better on
-the first sets. A point that is in the CSV is not made again.
+third for every seed, or another draw of the embedded set, so the test split stays shut. Every point
+is a training of its own with its own schedule. Students of all lengths see the same pictures, and
+the distilled ones learn from the same ensemble, whose teachers were trained for TAUGHT steps:
+longer ones of DINOv2 were no better on the first sets. A point that is in the CSV is not made
+again.
 """
 
 from dataclasses import replace
