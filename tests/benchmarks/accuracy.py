@@ -169,11 +169,17 @@ def print_differences(rows, column, score):
 def print_gains(rows):
     """Accuracy of the distilled minus the stand-alone student, over test pictures and seeds."""
     for name in values_of(rows, "set"):
-        of_tests = []
-        for row in select(rows, set=name, model="distilled"):
-            interval = [100 * float(row[key]) for key in ("minus_alone_low", "minus_alone_high")]
-            of_tests.append({"difference": 100 * float(row["minus_alone"]), "interval": interval})
-        gain = with_interval(*combined_interval(of_tests))
+        of_set, of_seeds = select(rows, set=name, model="distilled"), []
+        for seed in values_of(of_set, "seed"):
+            of_tests = select(of_set, seed=seed)
+            low, middle, high = (
+                100 * np.array([float(row[f"minus_alone{end}"]) for row in of_tests])
+                for end in ("_low", "", "_high")
+            )
+            half = np.sqrt(np.square((high - low) / 2).sum()) / len(of_tests)
+            mean = middle.mean()
+            of_seeds.append({"difference": mean, "interval": (mean - half, mean + half)})
+        gain = with_interval(*combined_interval(of_seeds))
         print(f"{name}: accuracy, distilled minus alone, over pictures and seeds: {gain} points")
 
 
