@@ -97,7 +97,7 @@ def evaluate(args):
         audited = audit.open_training_sets(cache, dataset, specs, args.data_dir)
     if audited:
         audited |= pictures
-        findings = audit.audit(audited, cli.CACHE)
+        findings = audit.audit(cache, dataset, audited)
         lines = audit.audit_lines(findings, first.dataset["classes"], dataset["group_regex"])
     print("".join(f"audit: {line}\n" for line in lines), end="")
     cli.lap("audit")

@@ -106,16 +106,20 @@ def open_training(cache, dataset, moved_to=None):
 
 
 def in_detail(cache, dataset, *sets):
-    """All labelled pictures, a folder each, at a size that tells near-duplicates, or their own.
+    """The same `Pictures` at a size that tells near-duplicates, or their own where that is smaller.
 
-    So what is split does not depend on the size of the views. Decoded where that size is another.
+    So what is found does not depend on the size of the views. Decoded where that size is another.
     """
     sizes = [size[:2] for pictures in sets for size in pictures.sizes()]
     width, height = np.minimum(np.median(sizes, axis=0), near_duplicates.FINE).astype(int).tolist()
     if [height, width] == dataset["view_size"]:
         return list(sets)
-    changed = {**dataset, "view_size": [height, width]}
-    return [open_labelled(cache, each.parts[0].folder, changed)[1] for each in sets]
+    detailed = []
+    for each in sets:
+        parts = [cache.open(part.folder, [height, width], dataset["white_level"])
+                 for part in each.parts]
+        detailed.append(Pictures(parts, each.part_of, each.row_of, each.labels.numpy()))
+    return detailed
 
 
 # ---------------------------------------------------------------------------------- unlabelled

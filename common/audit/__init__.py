@@ -5,6 +5,7 @@ A set that leaks praises every model. What is wrong with it is told; nothing is 
 
 import re
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from common import files, folders, splits  # splits: it may be importing common.
 from common.audit import near_duplicates, shortcuts
 from common.files import UserError, px, some_of
 
-VERSION = 8  # raise it when the audit changes
+VERSION = 9  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 CONFLICTS = 6  # lines about copies with different labels
 
@@ -44,38 +45,41 @@ def open_training_sets(cache, dataset, specs, moved_to=None):
     return sets
 
 
-def audit(sets, cache_dir):
+def audit(cache, dataset, sets):
     """All findings as plain data, from the cache where the pictures are the same as before.
 
-    sets: {name: Pictures}, train first, then val, an unlabelled pool, test sets. Keys: `copies` and
-    `conflicts` (see `find_copies`), `shortcuts` (see `shortcuts.probe`), `groups` (see
-    `propose_groups`), `sizes` and `per_class` (pictures in each set), `view_size` ([H, W]).
+    dataset: with view_size and white_level; sets: {name: Pictures}, train first, then val, an
+    unlabelled pool, test sets. Keys: `copies` and `conflicts` (see `find_copies`), `shortcuts` (see
+    `shortcuts.probe`), `groups` (see `propose_groups`), `sizes` and `per_class` (pictures in each
+    set), `compared_at` ([H, W] at which near-duplicates were looked for).
     """
     identity = [VERSION, {name: each.fingerprint() for name, each in sets.items()}]
-    return files.remembered(cache_dir, "audit", identity, lambda: findings_of(sets))
+    make = partial(findings_of, cache, dataset, sets)
+    return files.remembered(cache.home, "audit", identity, make)
 
 
-def findings_of(sets):
+def findings_of(cache, dataset, sets):
     """`audit`, made anew."""
-    train = sets["train"]
+    train, detailed = sets["train"], splits.in_detail(cache, dataset, *sets.values())
     classes = int(train.labels.max()) + 1
     labels = {name: each.labels for name, each in sets.items() if name != "unlabelled"}
     tests = {name: each for name, each in sets.items() if name not in splits.TRAINING_SETS}
     return {
-        **find_copies(sets),
+        **find_copies(sets, sum(detailed[1:], start=detailed[0])),
         "shortcuts": shortcuts.probe(train, tests),
         "groups": propose_groups(train.paths()),
         "sizes": {name: len(each) for name, each in sets.items()},
         "per_class": {k: np.bincount(v, minlength=classes).tolist() for k, v in labels.items()},
-        "view_size": train.view_size,
+        "compared_at": detailed[0].view_size,
     }
 
 
-def find_copies(sets):
+def find_copies(sets, detailed):
     """{"copies", "conflicts"}: across sets, and within one where the labels of equal pixels differ.
 
-    Lists of dicts: picture, set, row and of, of_set, of_row, kind "bytes", "pixels" or "near",
-    likeness, labels. A picture is among the copies once, as the strongest kind.
+    detailed: the `Pictures` of all sets one behind another, at `splits.in_detail`. Lists of dicts:
+    picture, set, row and of, of_set, of_row, kind "bytes", "pixels" or "near", likeness, labels. A
+    picture is among the copies once, as the strongest kind.
     """
     first, *others = sets.values()
     pictures = sum(others, start=first)
@@ -89,7 +93,7 @@ def find_copies(sets):
     for kind, digests in (("bytes", pictures.digests()), ("pixels", pixels)):
         for i, j in near_duplicates.exact_copies(digests, begin):
             originals.setdefault(i, (j, kind, 1.0))
-    for i, j, likeness in near_duplicates.near_duplicates(pictures, begin, skip=originals):
+    for i, j, likeness in near_duplicates.near_duplicates(detailed, begin, skip=originals):
         originals[i] = j, "near", likeness
 
     def pair(i, j, kind, likeness):
@@ -123,10 +127,9 @@ def audit_lines(findings, classes, group_regex=None):
     classes: their names; group_regex: the one in use, so that none is proposed.
     """
     near = "near-duplicates"
-    if not near_duplicates.shows_detail(findings["view_size"]):
+    if not near_duplicates.shows_detail(findings["compared_at"]):
         # there, parts of one design agree in all
-        hint = "larger views, from train_teacher.py on, tell more"
-        near = f"perhaps near-duplicates (at {px(findings['view_size'])} hard to tell; {hint})"
+        near = f"perhaps near-duplicates (at {px(findings['compared_at'])} hard to tell)"
     words = {"bytes": "byte for byte", "pixels": "pixel for pixel", "near": f"{near} of pictures"}
     examples = {}
     for copy in sorted(findings["copies"], key=lambda copy: list(words).index(copy["kind"])):

@@ -337,7 +337,7 @@ def audited():
     train, val, dataset = splits.open_training(cache, dataset)
     sets = {"train": train, "val": val, **splits.open_tests(cache, ["parts/test"], dataset)}
     before = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
-    findings = audit.audit(sets, cli.CACHE)
+    findings = audit.audit(cache, dataset, sets)
     after = [file.stat().st_ino for file in Path(cli.CACHE).glob("audit-*.json")]
     return remade(findings, before != after)
 
