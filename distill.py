@@ -246,8 +246,7 @@ def export_student(output, pictures, val, spec, onnx, args):
 
 
 def keep_operating_point(output, args):
-    """Fill in flags of the threshold that are not given: as they were in the last export, or at the
-    start of the run."""
+    """Fill in the threshold's flags that are not given: as of the last export, or the run's start."""
     begun = [output / name for name in ("model.pt", "last.pt") if (output / name).is_file()]
     before = dict(models.read_header(begun[0])["args"]) if begun else vars(args)
     try:

@@ -591,9 +591,9 @@ def arrivals(folder, judged):
                 line = left_out_line(folder, left_out)
             said |= left_out.keys()
         except OSError as error:  # a share's bad moment
-            now, before_that, failed = set(), failed, error.strerror
-            if failed != before_that:
-                line = f"{error.filename}: {failed}; looking again"
+            if error.strerror != failed:
+                line = f"{error.filename}: {error.strerror}; looking again"
+            now, failed = set(), error.strerror
         fresh = (now & before) - judged  # its size may be final long before its last pixels
         took = time.perf_counter() - start
         if line:
