@@ -246,7 +246,7 @@ def export_student(output, pictures, val, spec, onnx, args):
 
 
 def keep_operating_point(output, args):
-    """Fill in the threshold's flags that are not given: as of the last export, or the run's start."""
+    """Fill in flags of the threshold that are not given: of the last export, or the run's start."""
     begun = [output / name for name in ("model.pt", "last.pt") if (output / name).is_file()]
     before = dict(models.read_header(begun[0])["args"]) if begun else vars(args)
     try:
