@@ -73,6 +73,7 @@ ROWS = {
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
     "a frozen transformer, CNN of 500 steps": Row(teachers=HALF_FROZEN),
+    "a frozen transformer, CNN of 1000 steps": Row(teachers=(FROZEN, (TEACHERS[1], 1000))),
     "a frozen transformer, CNN of 500 steps, 8 views": Row(("--views", 8), teachers=HALF_FROZEN),
     "a frozen transformer, crops down to 0.6": Row(
         ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
