@@ -122,8 +122,8 @@ def distil(output, onnx, args):
     """Train the student into the run folder `output` and export it."""
     # What the ensemble was made from, and what it said.
     spec = load_ensemble(args.ensemble)
-    for file in models.changed_teachers(spec) if args.alpha and not args.resume else ():
-        if file.is_file():
+    if args.alpha and not args.resume:
+        for file in filter(Path.is_file, models.changed_teachers(spec)):
             print(f"warning: {args.ensemble}: {file} is another teacher now than it was built from")
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)

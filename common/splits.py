@@ -206,13 +206,10 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
     if pattern is None:
         return []
 
-    def below(each):
-        return [path.split("/", 1)[1] for path in each.paths()]
-
     def names(each):
-        parts = (validation.part_of(path, pattern) for path in below(each))
+        parts = (validation.part_of(path, pattern) for path in validation.below(each))
         return [[part] if part else [] for part in parts]
-    leaks, paths = {}, below(pairs[0][0])
+    leaks, paths = {}, validation.below(pairs[0][0])
     validation.groups_of(paths, pattern)  # refuses a pattern that matches nothing
     lone = [path for path in paths if validation.part_of(path, pattern) is None]
     if lone:

@@ -24,8 +24,7 @@ def hold_out(home, train, classes, share, group_regex=None):
     the decoded cache; train: labelled `Pictures`; share: of each class. Says in lines how far
     near-duplicates decide. Raises UserError where a class cannot be divided.
     """
-    below = [path.split("/", 1)[1] for path in train.paths()]  # train/ itself
-    parts, labels = groups_of(below, group_regex), train.labels.numpy()
+    parts, labels = groups_of(below(train), group_regex), train.labels.numpy()
     pairs = compare(home, train, np.arange(len(train)))
     clusters = joined(parts, pairs)
     for line in cluster_lines(train.paths(), labels, clusters, parts, classes):
@@ -59,6 +58,11 @@ def compare(home, pictures, begin):
     return []
 
 
+def below(pictures):
+    """Paths of `Pictures` without their set's own folder, as `group_regex` sees them."""
+    return [path.split("/", 1)[1] for path in pictures.paths()]
+
+
 def groups_of(paths, pattern):
     """A group name per path: the first match group of the pattern, or the path itself."""
     if pattern is None:
@@ -71,8 +75,7 @@ def groups_of(paths, pattern):
 
 def parts_of(pictures, pattern):
     """What each picture shows, as `groups_of` names it, also where the pattern matches no path."""
-    below = [path.split("/", 1)[1] for path in pictures.paths()]
-    return [pattern and part_of(path, pattern) or path for path in below]
+    return [pattern and part_of(path, pattern) or path for path in below(pictures)]
 
 
 def part_of(path, pattern):

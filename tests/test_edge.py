@@ -149,6 +149,11 @@ def test_another_target_needs_no_training(edge, tiny, tmp_path, monkeypatch, cap
     kept = load_exported(tmp_path / "s" / "student.ts")[1]
     assert (kept["operating_point"], kept["good_classes"]) == (point, ["cross"])
 
+    (tmp_path / "s" / "student.ts").unlink()  # as of a run that was killed before its export
+    assert call(distill.main, *words, *CPU) == 0
+    begun = load_exported(tmp_path / "s" / "student.ts")[1]
+    assert (begun["operating_point"]["goal"], begun["good_classes"]) == ("miss", ["level"])
+
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_cpp_prints_the_probabilities_python_prints(edge, frames, tmp_path):

@@ -1,5 +1,6 @@
 """The exported student as ONNX: the same answers, and a device that needs no torch."""
 
+import copy
 import json
 import os
 import shutil
@@ -51,6 +52,22 @@ def verdicts(model, folder):
     command = [sys.executable, ROOT / "infer.py", "--model", model, folder, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_a_graph_that_is_not_the_trained_network_is_not_written(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.runs / "student", tmp_path / "s")
+    of = export_onnx.Graph.of
+
+    def another(deployed):
+        changed = copy.deepcopy(deployed)
+        changed.bias[0] += 0.1
+        return of(changed)
+
+    monkeypatch.setattr(export_onnx.Graph, "of", another)
+    monkeypatch.chdir(tiny.root)
+    with pytest.raises(RuntimeError, match="student.onnx: its probabilities differ"):
+        call(distill.main, *AGAIN, "--output", tmp_path / "s")
+    assert not (tmp_path / "s" / "student.onnx").exists()
 
 
 def test_both_formats_say_the_same_from_the_picture_file_on(edge, tiny):

@@ -168,3 +168,19 @@ def test_with_many_classes_a_list_of_the_worst_takes_the_matrix_s_place():
     rows = report.worst_classes(matrix.tolist())
     assert len(rows) == report.MANY and 5 not in [row["number"] for row in rows]
     assert rows[0] == {"number": 7, "n": 11, "right": 1, "taken_for": [(8, 4), (9, 3), (10, 2)]}
+
+
+def test_copies_with_other_labels_come_first_then_those_in_test_sets():
+    copies = [{"set": of, "labels": labels} for of, labels in (
+        ("val", [0, 0]), ("test", [1, 1]), ("unlabelled", [0, -1]), ("val", [0, 1]))]
+    order = [copies.index(copy) for copy in report.worst_first(copies)]
+    assert order == [3, 1, 0, 2]
+
+
+def test_of_a_test_set_with_one_class_no_shortcut_is_told():
+    scores = {"largest class": {"test": {"balanced_accuracy": 1.0}}}
+    summary = {"classes": ["bad", "good"], "models": {"m": {"sets": {
+        "test": {"balanced_accuracy": 0.97}}}}}
+    for counts, told in (([0, 20], 0), ([20, 20], 1)):
+        summary["audit"] = {"shortcuts": scores, "per_class": {"test": counts}}
+        assert len(report.shortcut_warnings(summary)) == told

@@ -31,7 +31,7 @@ def probe(train, tests):
         for name, x in properties(test).items():
             (answers[name],) = discriminant(fitted_on[name], labels, [x])
         for name, answer in answers.items():
-            result = score(one_hot[answer.argmax(1)], test.labels)  # no probabilities
+            result = score(one_hot[answer.argmax(1)], test.labels)  # scores are no probabilities
             kept = {key: result[key] for key in ("accuracy", "balanced_accuracy")}
             scores.setdefault(name, {})[of] = kept
     return scores

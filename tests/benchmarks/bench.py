@@ -206,7 +206,7 @@ def append_rows(path, fields, rows):
     """Add rows to a CSV file, which begins with the fields' names."""
     new = not Path(path).is_file()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(fields)
         writer.writerows(rows)
