@@ -59,7 +59,8 @@ class Row:
 
 
 FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
-HALF_FROZEN = (FROZEN, (TEACHERS[1], 500))  # and the other one a quarter as long
+SHORT_CNN = TEACHERS[1], 500  # a quarter as long
+HALF_FROZEN = FROZEN, SHORT_CNN
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
@@ -70,6 +71,8 @@ ROWS = {
     "batch 96, a quarter of the steps": Row(student=("--batch-size", 96), steps=0.25),
     "transformer teacher alone": Row(teachers=TAUGHT[:1]),
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
+    "CNN of 500 steps": Row(teachers=(TAUGHT[0], SHORT_CNN)),
+    "transformer of 200 steps, CNN of 500 steps": Row(teachers=((TEACHERS[0], 200), SHORT_CNN)),
     "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
     "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
     "a frozen transformer, CNN of 500 steps": Row(teachers=HALF_FROZEN),
