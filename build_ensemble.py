@@ -311,10 +311,8 @@ def check(args):
     cached = CachedLogits(args.output, spec)
     device = cli.pick_device(args.device)
     teachers, _ = load_teachers([teacher["path"] for teacher in spec["teachers"]], device)
-    cache = cli.decoded_cache(args)
-    train, _, dataset = splits.open_training(cache, spec["dataset"], args.data_dir)
-    pool = splits.open_same_pool(cache, args.unlabelled, dataset, spec["unlabelled"])
-    pictures = train + pool if pool else train
+    where = args.data_dir, args.unlabelled
+    _, pictures, _, _ = splits.open_as_taught(cli.decoded_cache(args), spec, *where)
     cli.lap("pictures")
 
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.output)

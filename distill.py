@@ -19,7 +19,6 @@ the cached views. With --alpha 0 it sees labelled pictures alone, each pass in n
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ from common import (
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
 from common.losses import class_weights, labelled_cross_entropy, soft_divergence
-from common.metrics import describe_rates, good_classes
+from common.metrics import describe_rates, good_classes, numbers_of
 from common.views import ViewRecipe, render
 
 STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain ends in a few minutes
@@ -128,7 +127,10 @@ def distil(output, onnx, args):
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)
     with distributed.first_then_others():
-        labelled, everything, val, dataset = open_pictures(spec, args)
+        where = args.data_dir, args.unlabelled
+        opened = splits.open_as_taught(cli.decoded_cache(args), spec, *where)
+        labelled, everything, val, dataset = opened
+        check_good_classes(dataset["classes"], args.good_class)
     cache = CachedLogits(args.ensemble, spec) if args.alpha else None
     pictures = everything if args.alpha else labelled
     training.refuse_epochs(args.epochs, len(everything), args.batch_size)
@@ -184,15 +186,6 @@ def distil(output, onnx, args):
     cli.lap("export")
 
 
-def open_pictures(spec, args):
-    """(labelled, labelled with the pool, val, dataset): what the ensemble was made from."""
-    cache = cli.decoded_cache(args)
-    labelled, val, dataset = splits.open_training(cache, spec["dataset"], args.data_dir)
-    pool = splits.open_same_pool(cache, args.unlabelled, dataset, spec["unlabelled"])
-    check_good_classes(dataset["classes"], args.good_class)
-    return labelled, labelled + pool if pool else labelled, val, dataset
-
-
 def create(dataset, args):
     """The student and its AdamW parameter groups."""
     torch.manual_seed(args.seed)
@@ -236,13 +229,38 @@ def export_student(output, pictures, val, spec, onnx, args):
         "data_fingerprint": dataset["fingerprint"],
         "calibration_pictures": len(some),
     }
-    parts = validation.parts_of(val, dataset["group_regex"])
-    limits = export.Limits("miss", args.max_miss_rate or MISS_RATE, args.max_int8_drop, parts)
+    goal, target = "miss", args.max_miss_rate or MISS_RATE
     if args.max_false_alarm_rate:
-        limits = replace(limits, goal="false_alarm", target=args.max_false_alarm_rate)
+        goal, target = "false_alarm", args.max_false_alarm_rate
+    parts = validation.groups_of(validation.below(val), dataset["group_regex"])
+    limits = export.Limits(goal, target, args.max_int8_drop, parts)
     exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
+    metadata, drawn = exported["student.ts"], folders.is_embedded(dataset["dir"])
+    if metadata["operating_point"] and not drawn:  # one picture like no other
+        warn_of_repeats(cli.decoded_cache(args), val, dataset, metadata)
+
+
+def warn_of_repeats(cache, val, dataset, metadata):
+    """Say so where pictures that the promise of a threshold counts nearly repeat each other.
+
+    cache: the decoded pictures'; val: `Pictures`; metadata: of a file with a threshold.
+    """
+    goal = metadata["operating_point"]["goal"]
+    good = numbers_of(metadata["good_classes"], metadata["classes"])
+    rows = np.flatnonzero(np.isin(val.labels, good) == (goal == "false_alarm"))
+    parts = validation.groups_of(validation.below(val.take(rows)), dataset["group_regex"])
+    (detailed,) = splits.in_detail(cache, dataset, val.take(rows))
+    pairs = validation.compare(cache.home, detailed, np.arange(len(rows)))
+    told_apart, all_parts = len(set(validation.joined(parts, pairs))), len(set(parts))
+    if told_apart < all_parts:
+        kind = "defects" if goal == "miss" else "good parts"
+        print(
+            f"warning: of {all_parts} validation {kind} only {told_apart} are no near-duplicates of"
+            " others; if those show the same parts, the threshold promises too much, and "
+            "train_teacher.py --group-regex names parts"
+        )
 
 
 def keep_operating_point(output, args):

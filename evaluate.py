@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import audit, cli, export, folders, metrics, models, report, splits, validation
+from common import cli, export, folders, metrics, models, report, splits, validation
+from common.audit import audit
 from common.audit.label_errors import label_errors_of_sets
 from common.ensemble import load_ensemble
 from common.files import (
@@ -77,11 +78,14 @@ def evaluate(args):
     tested = {name: open_model(Path(name)) for name in names}
     first = tested[names[0]]
     for name, model in tested.items():
-        classes = [{"classes": each.dataset["classes"]} for each in (first, model)]
-        require_same(*classes, f"{name} against {names[0]}", "compare models of the same classes")
+        classes, its_classes = first.dataset["classes"], model.dataset["classes"]
+        what, remedy = f"{name} against {names[0]}", "compare models of the same classes"
+        require_same({"classes": classes}, {"classes": its_classes}, what, remedy)
     if others := of_other_ensembles(tested):
         print(f"{some_of(others)}: of an ensemble that is none of those measured beside it")
     dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
+    if args.data_dir:
+        folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
     test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
     wanted = {model.reading: model.dataset for model in tested.values()}
     tests = {
@@ -121,7 +125,7 @@ def evaluate(args):
         "args": vars(args),
         "versions": versions(),
         "test_sets": {
-            name: {"folder": str(each.parts[0].folder), "fingerprint": each.fingerprint()}
+            name: {"folder": str(each.sources[0].folder), "fingerprint": each.fingerprint()}
             for name, each in pictures.items()
         },
     }
@@ -206,9 +210,9 @@ def open_model(path):
     """The `Model` at a path. Raises UserError for what is none of this project."""
     if path.is_dir():
         spec = load_ensemble(path)
-        for file in models.changed_teachers(spec):
+        if changed := next(models.changed_teachers(spec), None):
             raise UserError(
-                f"{path}: its teacher {file} is missing or was trained again; "
+                f"{path}: its teacher {changed} is missing or was trained again; "
                 "build the ensemble again"
             )
         files = [Path(teacher["path"]) for teacher in spec["teachers"]]
@@ -224,7 +228,7 @@ def open_model(path):
 
 
 def of_other_ensembles(tested):
-    """Names of distilled students that no ensemble under test has taught, if there is any."""
+    """Names of distilled students whose ensemble is not under test, where one is at all."""
     ensembles = [name for name, model in tested.items() if model.kind == "ensemble"]
     known = {None, *(file_sha256(Path(name, "ensemble.json")) for name in ensembles)}
     distilled = {name: model.header for name, model in tested.items()
@@ -274,8 +278,7 @@ def run_models(tested, tests, good, device, batch_size):
             logits = [outputs[file][0][of] for file in model.files]
             together = product_of_experts(logits, model.temperatures, model.weights)
             answers[name, of] = together.numpy()
-            parts = validation.parts_of(pictures, model.header.get("group_regex"))
-            scores[of] = score(model, answers[name, of], pictures.labels.numpy(), parts, good)
+            scores[of] = score(model, answers[name, of], pictures, good)
         made_from = {key: model.header[key] for key in MADE_FROM if key in model.header}
         if model.kind == "exported":
             made_from["sha256"] = file_sha256(model.files[0])
@@ -325,18 +328,18 @@ def latency(network, view_size, device, times=25, warm_up=5):
     return 1e3 * float(np.median(seconds[warm_up:]))
 
 
-def score(model, probabilities, labels, parts, good):
+def score(model, probabilities, pictures, good):
     """All metrics of a model on one test set; of a file with a threshold also what that does there.
 
-    probabilities: float [N, K]; labels: int [N]; parts: N names of what the pictures show; good:
-    numbers of the good classes.
+    probabilities: of the `Pictures`, float [N, K]; good: numbers of the good classes.
     """
+    labels = pictures.labels.numpy()
     scores = metrics.score(probabilities, labels, good)
     if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        scored = metrics.of_parts(*metrics.defects(probabilities, labels, good), parts)
-        rates = metrics.rates(*scored, point["threshold"])
-        scores["operating_point"] = {**point, **rates}
+        parts = validation.groups_of(validation.below(pictures), model.header.get("group_regex"))
+        scored = metrics.defects(probabilities, labels, good, parts)
+        scores["operating_point"] = {**point, **metrics.rates(*scored, point["threshold"])}
     return scores
 
 

@@ -52,6 +52,8 @@ ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM ha
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; s at rest until an unreadable file is bad
 DARK = 1 / 16  # of the white level: a picture that never reaches it is of another bit depth
+FLAT = 16  # of 255: what has less between its darkest and its brightest value shows no part
+TAIL = 4096  # bytes at a file's end: where all are 0 they may be room that is filled later
 AGAIN = 10.0  # s until a picture is tried again that something around it kept from being read
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
 warnings.filterwarnings("ignore", message=".*torch.jit")  # TorchScript is deprecated upstream
@@ -66,6 +68,12 @@ class Refused(Exception):
 def printable(text):
     """Text that is one line and drives no terminal: the rest and backslashes are escaped."""
     return "".join(c if c.isprintable() and c != "\\" else repr(c)[1:-1] for c in str(text))
+
+
+def say(text):
+    """Print a line on stderr; a reader of it that has gone keeps no verdict back."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def csv_name(name):
@@ -105,7 +113,8 @@ def decode(content, white_level=65535):
                 rows[:] = (values / (white_level / 255)).clip(0, 255).astype(np.uint8)
         tag = 1
         with suppress(Exception):  # a damaged EXIF block, of which Pillow raises many kinds
-            tag = image.getexif().get(ORIENTATION)
+            if image.format != "TIFF":  # which Pillow turns; 9.1 to 10.0 leave the tag
+                tag = image.getexif().get(ORIENTATION)
     return upright(picture, tag), brightest, several
 
 
@@ -194,7 +203,7 @@ def list_pictures(names):
             left_out = Counter()
             yield from sorted(Path(entry) for entry in pictures_below(folder, left_out))
             if left_out:
-                print(printable(left_out_line(folder, left_out)), file=sys.stderr)
+                say(printable(left_out_line(folder, left_out)))
 
 
 def pictures_below(folder, left_out, above=None, tolerant=False):
@@ -214,6 +223,8 @@ def pictures_below(folder, left_out, above=None, tolerant=False):
         kind = left_out_as(entry.name, is_folder)
         if kind:
             left_out[kind] += 1
+        elif kind is None and not (is_file or is_folder):
+            left_out["link to nothing" if entry.is_symlink() else "device or pipe"] += 1
         elif kind is None and is_file:
             yield entry
         elif kind is None and is_folder and (real := os.path.realpath(entry)) not in above:
@@ -227,8 +238,11 @@ def pictures_below(folder, left_out, above=None, tolerant=False):
 
 
 def left_out_as(name, is_folder=False):
-    """As what a user counts a file or folder of this name that is left out; None for one that is
-    used, "" for one that needs no word. In training as on a device."""
+    """Why a file or folder of this name is left out, as the word that a line counts it under.
+
+    Such as ".heic" or "folder @eaDir"; "" where it is left out without a word, and None where it is
+    used. One rule for training and device.
+    """
     ending = os.path.splitext(name)[1].lower()
     if name.startswith("."):
         return ""
@@ -292,9 +306,10 @@ def load_student(path, sha256=None, threads=None):
     if not os.path.isfile(path):
         raise Refused(f"{path}: no such file; distill.py writes it")
     data = Path(path).read_bytes()  # once, so that what is loaded is what was checked
-    if sha256 and (its := hashlib.sha256(data).hexdigest()) != sha256.lower():
+    if sha256 is not None and (its := hashlib.sha256(data).hexdigest()) != sha256.lower():
         raise Refused(f"{path}: its sha256 is {its}, not {sha256}; copy the file again")
-    kind, load = (".onnx", load_onnx) if Path(path).suffix == ".onnx" else (".ts", load_torchscript)
+    is_onnx = Path(path).suffix.lower() == ".onnx"
+    kind, load = (".onnx", load_onnx) if is_onnx else (".ts", load_torchscript)
     content, checksum = data[:-CHECKSUMS[kind]], data[-CHECKSUMS[kind]:]
     if hashlib.sha256(content).hexdigest().encode() not in checksum:
         raise foreign(path, kind)
@@ -423,6 +438,12 @@ def occlusion_map(student, frame, good):
     return weakened / max(weakened.max(), 2)
 
 
+def redden(image, heat):
+    """Lay red over a PIL image where a map of it, float [h, w] in 0..1, is high."""
+    mask = Image.fromarray((heat * OPACITY).astype(np.uint8))
+    image.paste(RED, mask=mask.resize(image.size, Image.BICUBIC))
+
+
 class Judge:
     """Student and operating point: picture -> verdict; `heatmaps` is the folder to draw into."""
 
@@ -430,18 +451,23 @@ class Judge:
         self.student, self.heatmaps = student, heatmaps
         self.view_size, self.white_level = metadata["view_size"], metadata["white_level"]
         self.classes = [printable(name) for name in metadata["classes"]]
-        point, self.good = metadata["operating_point"], set()
-        for name in metadata["good_classes"]:
-            self.good.add(metadata["classes"].index(name))
+        self.good = {metadata["classes"].index(name) for name in metadata["good_classes"]}
+        point = metadata["operating_point"]
         self.band = review_band or (point and (point["threshold"], point["threshold"]))
 
-    def __call__(self, path, picture=None):
-        """The verdict on the picture in a file, or on the given one [H, W, 3], as plain data."""
+    def __call__(self, path, picture=None, ready=lambda content: True):
+        """The verdict on the picture in a file, or on the given one [H, W, 3], as plain data.
+
+        ready: is told the file's bytes; where it says no, there is no verdict but None.
+        """
         verdict = {"path": printable(path.as_posix())}
         try:
             if picture is None:
-                picture, brightest, several = decode(path.read_bytes(), self.white_level)
-                verdict["note"] = "; ".join(self.notes(brightest, several)) or None
+                content = path.read_bytes()
+                if not ready(content):
+                    return None
+                picture, brightest, several = decode(content, self.white_level)
+                verdict["note"] = "; ".join(self.notes(picture, brightest, several)) or None
         except Exception as error:  # Pillow raises many kinds for damaged files
             # What has an error number, a share's bad moment, says nothing about the picture.
             passing = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
@@ -458,13 +484,15 @@ class Judge:
             verdict["heatmap"] = self.draw(verdict, path, picture)
         return verdict
 
-    def notes(self, brightest, several):
+    def notes(self, picture, brightest, several):
         """What is odd about a picture that can be judged; the arguments are as of `decode`."""
         if several:
             yield "the first of several pages is judged"
         if brightest is not None and not DARK <= brightest / self.white_level <= 1:
             effect = "clipped" if brightest > self.white_level else "nearly black"
             yield f"brightest value {brightest:g}, white level {self.white_level:g}: {effect}"
+        elif int(picture.max()) - int(picture.min()) < FLAT:
+            yield "all of it is alike: lamp, lens or exposure"
 
     def decide(self, score):
         """REJECT unless the score is below a limit, so NaN is rejected."""
@@ -476,98 +504,142 @@ class Judge:
         with suppress(FileNotFoundError):  # the picture's folder was moved away
             if os.path.samefile(self.heatmaps, path.parent):
                 raise Refused(f"--heatmap {self.heatmaps}: among the pictures; name another folder")
-        heat = occlusion_map(self.student, resize(picture, self.view_size), self.good) * OPACITY
+        frame = resize(picture, self.view_size)
+        heat = occlusion_map(self.student, frame, self.good)
         size = [max(1, round(n * LARGEST / max(picture.shape))) for n in picture.shape[1::-1]]
         image = Image.fromarray(picture).resize(size)
-        mask = Image.fromarray(heat.astype(np.uint8)).resize(size, Image.BICUBIC)
-        image.paste(RED, mask=mask)
+        redden(image, heat)
         defects = (name for k, name in enumerate(self.classes) if k not in self.good)
         text = f"{verdict['decision'] or ''} {verdict['class']} {verdict['probability']:.2f}"
         text = f"{text.strip()}; red: {max(defects, key=verdict['probabilities'].get)}"
         sheet = ImageOps.expand(image, (0, 18, 0, 0), "white")
-        ImageDraw.Draw(sheet).text((3, 3), text, fill="black")
+        try:
+            ImageDraw.Draw(sheet).text((3, 3), text, fill="black")
+        except UnicodeEncodeError:  # Pillow before 10.1 draws Latin-1 alone
+            text = text.encode("ascii", "backslashreplace").decode()
+            ImageDraw.Draw(sheet).text((3, 3), text, fill="black")
         name = printable(path.name).replace("\\", "_").encode()[:200].decode(errors="ignore")
-        file = f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.jpg"
+        its = hashlib.sha256(os.fsencode(path) + frame.tobytes())  # a camera may use a name again
+        file = f"{name}-{its.hexdigest()[:8]}.jpg"
         sheet.save(Path(self.heatmaps, file), quality=90)
         return file
 
 
 def show(verdict, as_json, as_csv):
     """Print a verdict in one line, at once; returns whether the picture could not be read."""
-    if "error" in verdict:
-        print(f"{verdict['path']}: cannot be read ({verdict['error']})", file=sys.stderr)
-        return True
-    if verdict.get("note"):
-        print(f"{verdict['path']}: {verdict['note']}", file=sys.stderr)
+    path, failed = verdict["path"], "error" in verdict
+    if failed:
+        say(f"{path}: cannot be read ({verdict['error']})")
+    elif verdict.get("note"):
+        say(f"{path}: {verdict['note']}")
     if as_json:
         print(json.dumps({name: value for name, value in verdict.items() if value is not None}))
     elif as_csv:
-        row = {**verdict, "path": csv_name(verdict["path"]), "class": csv_name(verdict["class"])}
-        csv.writer(sys.stdout, lineterminator="\n").writerow(row[name] for name in FIELDS)
-    else:
-        words = (verdict["path"], verdict["class"], f"{verdict['probability']:.3f}")
+        row = {**verdict, "path": csv_name(path), "class": csv_name(verdict.get("class", ""))}
+        csv.writer(sys.stdout, lineterminator="\n").writerow(row.get(name) for name in FIELDS)
+    elif not failed:
+        words = (path, verdict["class"], f"{verdict['probability']:.3f}")
         print(*words, *filter(None, [verdict["decision"]]), sep="\t")
     sys.stdout.flush()
-    return False
+    return failed
 
 
 def watch(folder, judge, report):
     """Judge what arrives below `folder`, each picture once, across restarts, kills and full disks.
 
     judged.jsonl gets a line per picture, after its heatmap and before its report; where one of the
-    three cannot be written, the picture counts as not judged. One that is moved to another folder,
-    or whose time of change is set anew, is another one.
+    three cannot be written, the picture counts as not judged. A kill between the last two leaves a
+    line that was not reported. A picture that is moved to another folder, or whose size or time of
+    change is set anew, is another one.
     """
-    try:
-        from filelock import FileLock, Timeout
-        lock = FileLock(Path(folder, ".judged.lock"))
-        lock.acquire(timeout=0)
-    except ModuleNotFoundError:
-        raise Refused("--watch needs filelock; pip install filelock") from None
-    except Timeout:
-        raise Refused(f"{folder}: watched by another infer.py; end that one first") from None
-    except NotImplementedError:
-        raise Refused(f"{folder}: no file locks there; watch a folder on another disk") from None
-    with open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
-        *lines, cut_off = Path(log.name).read_bytes().split(b"\n")
-        log.truncate(log.tell() - len(cut_off))
-        judged = set()
-        for line in lines:
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # else damaged
-                whole = line[line.rfind(b'{"key":'):]  # after one that a full disk cut off
-                judged.add(tuple(json.loads(whole)["key"]))
-        print(f"watching {printable(folder)}, {len(judged)} judged before", file=sys.stderr)
+    with only_watcher(folder), open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
+        judged = judged_before(log)
+        say(f"watching {printable(folder)}, {len(judged)} judged before")
         later = {}  # pictures that something around them kept from being read: when to try again
-        tried = {}  # when others could not be read for the first time: they may not be whole yet
+        first = {}  # when others were read for the first time that may not be whole yet
+
+        def rested(key):
+            return time.monotonic() - first.setdefault(key, time.monotonic()) >= SETTLE
+
         for path, key in arrivals(folder, judged):
             if time.monotonic() < later.get(key, 0):
                 continue
-            verdict = judge(path)
-            now = stamp(path)
-            taken_away = now is None and "error" not in verdict
-            if now != key[1:] and not taken_away:
-                continue  # it is still being written
+
+            def ready(content, path=path, key=key):
+                unchanged = stamp(path) in (key[1:], None)  # None: taken away once it was read
+                return unchanged and (content[-TAIL:].strip(b"\0") or rested(key))
+            verdict = judge(path, ready=ready)
+            if not verdict or ("error" in verdict and stamp(path) != key[1:]):
+                continue  # it is still being written, or was taken away before it was read
             if verdict.get("passing"):
                 if key not in later:
                     report(verdict)
                 later[key] = time.monotonic() + AGAIN
                 continue
-            if "error" in verdict:
-                first = tried.setdefault(key, time.monotonic())
-                if time.monotonic() - first < SETTLE:
-                    continue
-            line = (json.dumps({"key": key, **verdict}) + "\n").encode()
-            end = log.seek(0, os.SEEK_END)
-            try:
-                while line:  # a disk may take a part before it is full
-                    line = line[log.write(line):]
-                os.fsync(log.fileno())
+            if "error" in verdict and not rested(key):
+                continue
+            with all_or_nothing(log):
+                append(log, {"key": key, **verdict})
                 report(verdict)
-            except OSError:
-                log.truncate(end)
-                raise
             judged.add(key)
-            tried.pop(key, None)
+            first.pop(key, None)
+
+
+def only_watcher(folder):
+    """The lock of a watched folder, to be held by a `with`; `Refused` where it cannot be had."""
+    try:
+        from filelock import FileLock, Timeout
+    except ModuleNotFoundError:
+        raise Refused("--watch needs filelock; pip install filelock") from None
+    try:
+        return FileLock(Path(folder, ".judged.lock")).acquire(timeout=0)
+    except Timeout:
+        raise Refused(f"{folder}: watched by another infer.py, which must end first; or there are "
+                      "no file locks there") from None
+    except NotImplementedError:
+        raise Refused(f"{folder}: no file locks there; watch a folder on another disk") from None
+
+
+def judged_before(log):
+    """The keys in judged.jsonl, open for appending; a last line that a kill cut off is removed."""
+    keys = set()
+    with open(log.name, "rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                log.truncate(log.seek(0, os.SEEK_END) - len(line))
+                break
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # else damaged
+                whole = line[line.rfind(b'{"key": ['):]  # after one that a full disk cut off
+                keys.add(tuple(json.loads(whole)["key"]))
+    return keys
+
+
+def append(log, row):
+    """Write a row to judged.jsonl as a line of JSON, down to the disk."""
+    line = (json.dumps(row) + "\n").encode()
+    try:
+        while line:  # a disk may take a part before it is full
+            line = line[log.write(line):]
+        os.fsync(log.fileno())
+    except OSError as error:
+        error.filename = log.name
+        raise
+
+
+@contextmanager
+def all_or_nothing(log):
+    """Take what was appended in the block back where the block ends with an OSError.
+
+    Raises Refused where judged.jsonl is not the file any more that was opened.
+    """
+    end = log.seek(0, os.SEEK_END)
+    if not os.path.isfile(log.name) or os.path.getsize(log.name) != end:
+        raise Refused(f"{log.name}: moved, removed or changed while it was in use; start again")
+    try:
+        yield
+    except OSError:
+        log.truncate(end)
+        raise
 
 
 def keys_below(folder, left_out):
@@ -584,7 +656,7 @@ def arrivals(folder, judged):
     """(path, key) of pictures below a folder that are not in `judged`, oldest first, for ever."""
     before, said, failed = set(), set(), None
     while True:
-        start, left_out, line = time.perf_counter(), Counter(), None
+        start, cpu, left_out, line = time.perf_counter(), time.process_time(), Counter(), None
         try:
             now, failed = keys_below(folder, left_out), None
             if left_out.keys() - said:
@@ -595,13 +667,13 @@ def arrivals(folder, judged):
                 line = f"{error.filename}: {error.strerror}; looking again"
             now, failed = set(), error.strerror
         fresh = (now & before) - judged  # its size may be final long before its last pixels
-        took = time.perf_counter() - start
+        took, busy = time.perf_counter() - start, time.process_time() - cpu
         if line:
-            print(printable(line), file=sys.stderr)
+            say(printable(line))
         for key in sorted(fresh, key=lambda key: (key[2], key[0])):
             yield Path(folder, key[0]), key
         before = now
-        time.sleep(max(POLL, 20 * took))  # so looking takes 5 % of a core at most
+        time.sleep(max(POLL, took, 20 * busy))  # half of a share's time, 5 % of a core at most
 
 
 def check_reading():
@@ -671,7 +743,10 @@ def run():
     if args.csv:
         print(*FIELDS, sep=",")
     if args.watch:
-        watch(args.watch, judge, report)
+        try:
+            watch(args.watch, judge, report)
+        except BrokenPipeError:  # no `| head` that has seen enough
+            raise Refused("output: nobody reads it any more, so the watch ends") from None
     paths = list(list_pictures(args.pictures))
     if not paths:
         raise Refused(f"no pictures in {', '.join(args.pictures)}")
@@ -680,6 +755,8 @@ def run():
 
 def main():
     """End with the status of `run`, or with 2 and one line for what cannot be done."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")  # a shell may have closed them
+                              for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # where it is no UTF-8
     status, reason = 2, None
     try:
@@ -694,7 +771,7 @@ def main():
         status = 0 if isinstance(error, BrokenPipeError) else 2  # `| head` has seen enough
         reason = status and f"{error.filename or 'output'}: {error.strerror or error}"
     if reason:
-        print(f"error: {printable(reason)}", file=sys.stderr)
+        say(f"error: {printable(reason)}")
     sys.exit(status)
 
 

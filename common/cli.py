@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 
 from common import distributed
-from common.files import NO_ROOM, UserError, first_line
+from common.files import UserError, first_line
 from common.pictures import DecodedCache
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota, largest size of a file
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
 CACHE = "runs/decoded"  # folder of the decoded pictures

@@ -24,7 +24,7 @@ from common.files import (
     written_together,
 )
 from common.losses import fit_temperature
-from common.metrics import choose_threshold, defects, numbers_of, of_parts, score
+from common.metrics import choose_threshold, defects, numbers_of, score
 
 SCHEMA = 7
 TOLERANCE = 1e-4  # of a probability, between a network and its file
@@ -210,7 +210,7 @@ def measured(logits, labels, about, limits):
     metrics, point = score(probabilities, labels), None
     if about["good_classes"]:
         good = numbers_of(about["good_classes"], about["classes"])
-        scores, defective = of_parts(*defects(probabilities, labels.numpy(), good), limits.parts)
+        scores, defective = defects(probabilities, labels.numpy(), good, limits.parts)
         if defective.any() and not defective.all():
             point = choose_threshold(scores, defective, limits.goal, limits.target)
     kept = ("accuracy", "accuracy_interval", "balanced_accuracy", "nll", "ece", "n")

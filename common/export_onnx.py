@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.files import ONNX_CHECKSUM, UserError, checksummed
+from common.files import UserError, checksummed
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUANTISED = ["Conv", "Relu", "Add", "MaxPool"]  # the head stays in float32
 HEAD = ("weight", "bias")  # as `export.Deployed` calls it
+# `files.CHECKSUM` as an entry of metadata in the format of ONNX, which is its file's last.
+CHECKSUM = "r\x57\n\x13sha256_of_all_above\x12@{}"
 OPSET, IR_VERSION = 18, 8  # of 2022: what onnxruntime reads from 1.14 on
 
 
@@ -114,7 +116,7 @@ class Graph:
         model.opset_import.extend(own)
         entry = model.metadata_props.add()
         entry.key, entry.value = "metadata.json", json.dumps(metadata, indent=1)
-        with checksummed(path, ONNX_CHECKSUM) as file:
+        with checksummed(path, CHECKSUM) as file:
             file.write(model.SerializeToString(deterministic=True))
 
 

@@ -27,11 +27,8 @@ EXPORTED = ("student.ts", "student.int8.ts", "student.onnx", "student.int8.onnx"
 # What a checked file ends with: the end of a JSON object, so that JSON stays JSON. Readers of
 # numpy's and torch's files do not look behind their data.
 CHECKSUM = ',\n "sha256_of_all_above": "{}"\n}}\n'
-# The same as an entry of metadata in the format of ONNX, which is its file's last.
-ONNX_CHECKSUM = "r\x57\n\x13sha256_of_all_above\x12@{}"
 SHOWN = 3  # examples in a line
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota, largest size of a file
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -268,9 +265,10 @@ def load_json(path):
 
 
 def remembered(home, name, identity, make):
-    """make(), plain data: from a file in the folder `home` where one of this identity was made.
+    """What make() returns, plain data, which is kept in a file of the folder `home`.
 
-    identity: what decides it, as plain data, with a version of what makes it.
+    It is called only where the file is missing, damaged or of another identity. identity: all that
+    decides the result, as plain data, the version of the code that makes it among it.
     """
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
     path = f"{home}/{name}-{key}.json"

@@ -136,7 +136,7 @@ def sign_test(wins, losses):
 
 
 def verdict(comparison):
-    """"better than", "worse than" or "not told apart from": a `difference` in words, at 5 %."""
+    """A `difference` in words, at 5 %: "better than", "worse than" or "not told apart from"."""
     lead = comparison["wins"] - comparison["losses"]
     if comparison["p"] > 0.05 or lead * comparison["difference"] <= 0:  # of sets of unequal size
         return "not told apart from"
@@ -173,19 +173,22 @@ def defect_scores(probabilities, good):
     return np.delete(np.asarray(probabilities), good, axis=1).sum(1)
 
 
-def defects(probabilities, labels, good):
-    """(scores, defective): `defect_scores` float [N], and whether it is one, bool [N].
+def defects(probabilities, labels, good, parts=None):
+    """(scores, defective): the defect score of each picture, float [N], and its truth, bool [N].
 
-    labels: int [N]; good: numbers of the good classes.
+    labels: int [N]; good: numbers of the good classes; parts: N names of what the pictures show,
+    of each of which all pictures count once, see `of_parts`; None: each picture counts.
     """
-    return defect_scores(probabilities, good), ~np.isin(labels, good)
+    scores, defective = defect_scores(probabilities, good), ~np.isin(labels, good)
+    return (scores, defective) if parts is None else of_parts(scores, defective, parts)
 
 
 def of_parts(scores, defective, parts):
-    """(scores, defective), a row per part: of its defects the mildest, of good pictures the worst.
+    """(scores, defective) with a row per part in place of a row per picture.
 
-    scores: float [N]; defective: bool [N]; parts: N names of what the pictures show. Several
-    pictures of one part are no trials of their own, and promise no more than one.
+    A part's row is the picture on which it is easiest to go wrong: of a defective part the lowest
+    score, of a good one the highest. Several pictures of one part are no independent trials, so
+    they promise no more than one. scores: float [N]; defective: bool [N]; parts: N names.
     """
     score_of = {}
     for its, is_defect, part in zip(scores.tolist(), defective.tolist(), parts):
@@ -272,9 +275,10 @@ def choose_threshold(scores, defective, goal, target):
 
 
 def target_verdict(point):
-    """"met", "missed" or "not shown to be met": a target on a test set, at 95 % confidence.
+    """A target on a test set, at 95 % confidence: "met", "missed" or "not shown to be met".
 
-    point: goal and target of `choose_threshold`, `rates` of the test set. By the same bound.
+    point: goal and target of `choose_threshold`, and `rates` of the test set. The bound is that of
+    `largest_count`, by which the threshold was chosen.
     """
     k, n, target = point[point["goal"]]["count"], point[point["goal"]]["n"], point["target"]
     if k <= largest_count(n, target):

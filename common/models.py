@@ -117,38 +117,51 @@ def heads(backbone):
 def read_teacher_weights(path, name, classes):
     """The state dict in a file for a timm model, without a prefix such as `module.` or `backbone.`.
 
-    timm leaves out in silence what does not fit, so it loads it here for a trial: a UserError says
-    of how many weights the file is without.
+    timm leaves out in silence what does not fit. So of two models that start alike one loads the
+    file: weights that are equal in both afterwards were not in it, and a UserError says how many.
     """
-    def create(**options):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # so that what is not loaded is equal in two models
-            return timm.create_model(name, num_classes=classes, **options)
-
-    state, plain = timm.models.load_state_dict(str(path), weights_only=True), create()
+    state = timm.models.load_state_dict(str(path), weights_only=True)
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not state:  # timm would look for it in a network
         raise UserError(f"--weights {path}: holds no weights")
-    own = dict(plain.named_parameters())
-    prefixes = Counter(key.removesuffix(known) for key in state for known in own
-                       if key.endswith(f".{known}"))
-    prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
-    if count > len(own.keys() & state.keys()):
-        state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    fresh = fresh_model(name, classes)
+    before = dict(fresh.named_parameters())
+    state = without_prefix(state, before)
+    overlay = {"state_dict": state}
+    loaded = fresh_model(name, classes, pretrained=True, pretrained_cfg_overlay=overlay)
+    after = dict(loaded.named_parameters())
 
-    loaded = create(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
-    loaded = dict(loaded.named_parameters())
-    head = plain.pretrained_cfg["classifier"]
-    heads = tuple(f"{each}." for each in ([head] if isinstance(head, str) else head))
-    body = [key for key in own if own[key].ndim > 1 and not key.startswith(heads)]
-    lacking = [key for key in body if key not in state and torch.equal(own[key], loaded[key])]
+    head = fresh.pretrained_cfg["classifier"]  # one name, or several
+    of_head = tuple(f"{each}." for each in ([head] if isinstance(head, str) else head))
+    body = [key for key in before if before[key].ndim > 1 and not key.startswith(of_head)]
+    lacking = [key for key in body if key not in state and torch.equal(before[key], after[key])]
     if lacking:
-        foreign = next((key for key in state if key not in own), "nothing else")
+        foreign = next((key for key in state if key not in before), "nothing else")
         raise UserError(
             f"--weights {path}: has {len(body) - len(lacking)} of {len(body)} weights of {name}; "
             f"it lacks {lacking[0]} and has {foreign}; is it another model's?"
         )
     return state
+
+
+def fresh_model(name, classes, **options):
+    """A timm model whose random weights are the same at each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name, num_classes=classes, **options)
+
+
+def without_prefix(state, own):
+    """A state dict with the keys of a model's parameters, `own`, where they stand behind a prefix.
+
+    As it is where no prefix makes more of its keys fit.
+    """
+    prefixes = Counter(key.removesuffix(known) for key in state for known in own
+                       if key.endswith(f".{known}"))
+    prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
+    if count <= len(own.keys() & state.keys()):
+        return state
+    return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
 
 
 def size_that_fits(name, sizes):

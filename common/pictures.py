@@ -222,10 +222,11 @@ def read_index(home, wanted):
 
 
 def decode_file(path, digest, size, white_level):
-    """(uint8 tensor [*size, 3], ((width, height, bytes), brightest, several)) with the latter two
-    of infer.py's `decode`, or (None, why not).
+    """One picture, read and resized: (pixels, properties), or (None, why it cannot be read).
 
-    Raises OSError for what is wrong around a picture, such as a share that is gone for a moment.
+    pixels: uint8 tensor [*size, 3]; properties: ((width, height, bytes) of the file, brightest,
+    several), the latter two as of infer.py's `decode`. Raises OSError for what is wrong around a
+    picture, such as a share that is gone for a moment.
     """
     with files.named(path):
         content = path.read_bytes()
@@ -274,9 +275,9 @@ class Pictures:
     alike: the labelled training pictures, then the unlabelled ones.
     """
 
-    def __init__(self, parts, part_of, row_of, labels):
-        """parts: list of `Decoded`; part_of, row_of, labels: int64 arrays [N]."""
-        self.parts, self.part_of, self.row_of = parts, part_of, row_of
+    def __init__(self, sources, source_of, row_of, labels):
+        """sources: list of `Decoded`; source_of, row_of, labels: int64 arrays [N]."""
+        self.sources, self.source_of, self.row_of = sources, source_of, row_of
         self.labels = torch.from_numpy(labels)
 
     @classmethod
@@ -291,19 +292,19 @@ class Pictures:
 
     def __add__(self, other):
         """These pictures with the other ones behind them."""
-        part_of = np.concatenate([self.part_of, other.part_of + len(self.parts)])
+        source_of = np.concatenate([self.source_of, other.source_of + len(self.sources)])
         row_of = np.concatenate([self.row_of, other.row_of])
         labels = torch.cat([self.labels, other.labels]).numpy()
-        return Pictures([*self.parts, *other.parts], part_of, row_of, labels)
+        return Pictures([*self.sources, *other.sources], source_of, row_of, labels)
 
     def take(self, numbers):
         """The pictures with these numbers, in this order."""
         labels = self.labels.numpy()[numbers]
-        return Pictures(self.parts, self.part_of[numbers], self.row_of[numbers], labels)
+        return Pictures(self.sources, self.source_of[numbers], self.row_of[numbers], labels)
 
     def batch(self, indices, device="cpu"):
         """uint8 [B, H, W, 3] on the device."""
-        rows = [self.parts[self.part_of[i]].images[self.row_of[i]] for i in indices]
+        rows = [self.sources[self.source_of[i]].images[self.row_of[i]] for i in indices]
         batch = torch.from_numpy(np.stack(rows))
         if torch.device(device).type == "cuda":  # else the copy would wait for the GPU
             batch = batch.pin_memory()
@@ -312,12 +313,12 @@ class Pictures:
     @property
     def view_size(self):
         """[H, W] of the decoded pictures in px."""
-        return list(self.parts[0].images.shape[1:3])
+        return list(self.sources[0].images.shape[1:3])
 
     def path(self, i):
         """Where picture i lies, from its folder's name on: train/good/17.jpg."""
-        part = self.parts[self.part_of[i]]
-        return f"{part.folder.name}/{part.paths[self.row_of[i]]}"
+        source = self.sources[self.source_of[i]]
+        return f"{source.folder.name}/{source.paths[self.row_of[i]]}"
 
     def paths(self):
         """`path` of every picture."""
@@ -325,19 +326,19 @@ class Pictures:
 
     def digests(self):
         """sha256 of each picture's file."""
-        return [self.parts[p].digests[row] for p, row in zip(self.part_of, self.row_of)]
+        return [self.sources[p].digests[row] for p, row in zip(self.source_of, self.row_of)]
 
     def pixel_digests(self):
         """sha256 of each picture's decoded pixels: equal for the same pixels in another file."""
-        images = (self.parts[p].images[row] for p, row in zip(self.part_of, self.row_of))
+        images = (self.sources[p].images[row] for p, row in zip(self.source_of, self.row_of))
         return [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
 
     def sizes(self):
         """(width, height, bytes) of each picture's file."""
-        return [self.parts[p].sizes[row] for p, row in zip(self.part_of, self.row_of)]
+        return [self.sources[p].sizes[row] for p, row in zip(self.source_of, self.row_of)]
 
     def fingerprint(self):
         """A hash of what the pictures are, in which order, and of their labels."""
-        read = [part.fingerprint for part in self.parts]
-        rows = [self.part_of.tolist(), self.row_of.tolist(), self.labels.tolist()]
+        read = [source.fingerprint for source in self.sources]
+        rows = [self.source_of.tolist(), self.row_of.tolist(), self.labels.tolist()]
         return hashlib.sha256(json.dumps([read, rows]).encode()).hexdigest()

@@ -35,10 +35,9 @@ def open_labelled(cache, folder, dataset, classes=None):
     class_of = folders.class_folders(folder, may_lack=classes is not None)
     its_classes = list(class_of.values())
     classes = its_classes if classes is None else classes
-    more = [name for name in its_classes if name not in classes]
-    if more:
-        both = ({"classes": each} for each in (classes, its_classes))
-        require_same(*both, f"{folder} against the models", "move these pictures or rename them")
+    if not set(its_classes) <= set(classes):
+        what, remedy = f"{folder} against the models", "move these pictures or rename them"
+        require_same({"classes": classes}, {"classes": its_classes}, what, remedy)
     lacking = [name for name in classes if name not in its_classes]
     if lacking:
         say_once(f"{folder}: has no pictures of {some_of(lacking)}, so it says nothing about them")
@@ -74,9 +73,9 @@ def open_training(cache, dataset, moved_to=None):
     fingerprint, val_folder = train.fingerprint(), folders.part_folder(folder, "val")
     if val_folder.is_dir():
         its_classes, val = open_labelled(cache, val_folder, dataset)
+        what = f"{val_folder} against train"
         remedy = "add pictures of them, or take the folder away: a part of train/ validates then"
-        both = ({"classes": each} for each in (classes, its_classes))
-        require_same(*both, f"{val_folder} against train", remedy)
+        require_same({"classes": classes}, {"classes": its_classes}, what, remedy)
         fingerprint += f"+{val.fingerprint()}"
         held_out = []
     else:
@@ -116,9 +115,9 @@ def in_detail(cache, dataset, *sets):
         return list(sets)
     detailed = []
     for each in sets:
-        parts = [cache.open(part.folder, [height, width], dataset["white_level"])
-                 for part in each.parts]
-        detailed.append(Pictures(parts, each.part_of, each.row_of, each.labels.numpy()))
+        sources = [cache.open(source.folder, [height, width], dataset["white_level"])
+                   for source in each.sources]
+        detailed.append(Pictures(sources, each.source_of, each.row_of, each.labels.numpy()))
     return detailed
 
 
@@ -148,11 +147,25 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     if folder is None:
         stayed = Path(unlabelled["dir"]).is_dir() or not beside.is_dir()
         folder = unlabelled["dir"] if stayed else beside
-    pool, actual = open_pool(cache, folder, dataset)
-    pools = ({"unlabelled": each["fingerprint"]} for each in (unlabelled, actual))
-    remedy = "give the --unlabelled folder it was made from, or build it again"
-    require_same(*pools, f"{folder} against the ensemble", remedy)
+    pool, found = open_pool(cache, folder, dataset)
+    require_same(
+        {"unlabelled": unlabelled["fingerprint"]},
+        {"unlabelled": found["fingerprint"]},
+        f"{folder} against the ensemble",
+        "give the --unlabelled folder it was made from, or build it again",
+    )
     return without(pool, unlabelled["dropped"])
+
+
+def open_as_taught(cache, spec, data_dir, unlabelled):
+    """(labelled, labelled with the pool, val, dataset): the very pictures of an ensemble.
+
+    spec: ensemble.json; data_dir, unlabelled: where they lie now, None for where they lay. Raises
+    UserError where they are not the same.
+    """
+    labelled, val, dataset = open_training(cache, spec["dataset"], data_dir)
+    pool = open_same_pool(cache, unlabelled, dataset, spec["unlabelled"])
+    return labelled, labelled + pool if pool else labelled, val, dataset
 
 
 # ------------------------------------------------------------------------------------------ leaks
@@ -198,10 +211,11 @@ def leaked_paths(pictures, others, kind, drop, allow):
 
 
 def paths_of_split_parts(pairs, pattern, drop, allow):
-    """As `leaked_paths`, of pictures of parts that others show too, by --group-regex.
+    """The paths of pictures to leave out, since others show the same part, by --group-regex.
 
-    pairs: list of (`Pictures`, list of other `Pictures`), the first of all that are labelled. Says
-    how many paths the pattern does not match.
+    pairs: list of (`Pictures`, list of other `Pictures`); the first pair holds all labelled ones,
+    and a line says how many of their paths the pattern does not match. drop, allow: as of
+    `leaked_paths`.
     """
     if pattern is None:
         return []
@@ -210,7 +224,7 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
         parts = (validation.part_of(path, pattern) for path in validation.below(each))
         return [[part] if part else [] for part in parts]
     leaks, paths = {}, validation.below(pairs[0][0])
-    validation.groups_of(paths, pattern)  # refuses a pattern that matches nothing
+    validation.require_match(paths, pattern)
     lone = [path for path in paths if validation.part_of(path, pattern) is None]
     if lone:
         print(f"--group-regex matches {len(paths) - len(lone)} of {len(paths)} paths; each of the "
@@ -222,9 +236,9 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
 
 
 def shared(pictures, others, names):
-    """[(path, path of one of the others)] of the pictures that have a name in common with it.
+    """[(path, path of the other)] of the pictures that share a name with one of the others.
 
-    names: function that gives for each of some `Pictures` the names it goes by.
+    names: function from `Pictures` to a list of names for each of them: hashes, or its part.
     """
     path_of = {}
     for other in others:

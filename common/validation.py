@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 
+from common import files
 from common.audit import near_duplicates
 from common.files import UserError
 
@@ -24,6 +25,7 @@ def hold_out(home, train, classes, share, group_regex=None):
     the decoded cache; train: labelled `Pictures`; share: of each class. Says in lines how far
     near-duplicates decide. Raises UserError where a class cannot be divided.
     """
+    require_match(below(train), group_regex)
     parts, labels = groups_of(below(train), group_regex), train.labels.numpy()
     pairs = compare(home, train, np.arange(len(train)))
     clusters = joined(parts, pairs)
@@ -48,14 +50,23 @@ def hold_out(home, train, classes, share, group_regex=None):
 
 
 def compare(home, pictures, begin):
-    """Near-duplicates [(i, j, likeness)]; none, and a line, where there are too many pictures."""
-    if len(pictures) <= MOST:
-        return near_duplicates.remembered(home, pictures, begin)
-    print(
-        f"warning: no search for near-duplicates among {len(pictures)} pictures, more than {MOST}; "
-        "validate on pictures of other parts or days, in a val/ folder"
-    )
-    return []
+    """Near-duplicates [(i, j, likeness)], as `near_duplicates.py` finds them.
+
+    They are searched for once: a file in the folder `home` keeps them. Of too many pictures there
+    are none, and a line says so.
+    """
+    if len(pictures) > MOST:
+        print(
+            f"warning: no search for near-duplicates among {len(pictures)} pictures, more than "
+            f"{MOST}; validate on pictures of other parts or days, in a val/ folder"
+        )
+        return []
+    identity = [near_duplicates.VERSION, pictures.fingerprint(), begin.tolist()]
+
+    def search():
+        return {"pairs": near_duplicates.near_duplicates(pictures, begin)}
+
+    return files.remembered(home, "copies", identity, search)["pairs"]
 
 
 def below(pictures):
@@ -64,18 +75,17 @@ def below(pictures):
 
 
 def groups_of(paths, pattern):
-    """A group name per path: the first match group of the pattern, or the path itself."""
-    if pattern is None:
-        return paths
-    parts = [part_of(path, pattern) for path in paths]
-    if set(parts) <= {None}:
+    """What each picture shows: the pattern's first match group in its path, else the path itself.
+
+    paths: `below` their set; pattern: a regular expression, or None.
+    """
+    return [pattern and part_of(path, pattern) or path for path in paths]
+
+
+def require_match(paths, pattern):
+    """Raise a UserError for a --group-regex that matches none of the paths."""
+    if pattern and all(part_of(path, pattern) is None for path in paths):
         raise UserError(f"--group-regex {pattern!r} matches no path; one of them is {paths[0]!r}")
-    return [part or path for part, path in zip(parts, paths)]
-
-
-def parts_of(pictures, pattern):
-    """What each picture shows, as `groups_of` names it, also where the pattern matches no path."""
-    return [pattern and part_of(path, pattern) or path for path in below(pictures)]
 
 
 def part_of(path, pattern):
@@ -90,7 +100,7 @@ def joined(groups, pairs):
 
     def root(group):
         while parent[group] != group:
-            parent[group] = group = parent[parent[group]]  # halves the way for the next one
+            group = parent[group]
         return group
 
     for i, j, *_ in pairs:
@@ -131,17 +141,15 @@ def draw(labels, groups, share, seed=0):
     for row, group in enumerate(groups):
         rows_of.setdefault(group, []).append(row)
 
-    total = np.bincount(labels)
-    target = np.maximum(1, np.round(share * total)).astype(int)
-    class_of, missing, val = np.asarray(labels).tolist(), target.tolist(), []  # numpy is slow here
-    names = sorted(rows_of)
+    target = np.maximum(1, np.round(share * np.bincount(labels)))
+    missing = Counter(dict(enumerate(target.astype(int).tolist())))
+    class_of = labels.tolist()  # numpy is slow at single rows
+    val, names = [], sorted(rows_of)
     for position in np.random.default_rng([seed, 0]).permutation(len(names)).tolist():
-        rows, counts = rows_of[names[position]], {}
-        for row in rows:
-            counts[class_of[row]] = counts.get(class_of[row], 0) + 1
-        if sum([abs(missing[k] - n) - abs(missing[k]) for k, n in counts.items()]) < 0:
-            for k, n in counts.items():
-                missing[k] -= n
+        rows = rows_of[names[position]]
+        counts = Counter(class_of[row] for row in rows)
+        if sum(abs(missing[k] - n) - abs(missing[k]) for k, n in counts.items()) < 0:
+            missing.subtract(counts)
             val += rows
     return np.sort(np.array(val, np.int64))
 
@@ -158,7 +166,9 @@ def repeated(home, pictures, val, kind, drop):
 
     home: folder of the decoded cache; pictures, val: `Pictures`; kind: "training" or "unlabelled".
     """
-    pairs = repeats(home, pictures, val)
+    both = val + pictures
+    begin = np.repeat([0, len(val)], [len(val), len(pictures)])
+    pairs = [(both.path(i), both.path(j)) for i, j, _ in compare(home, both, begin)]
     if pairs:
         count, of = len(pairs), len({theirs for _, theirs in pairs})
         verb = "are" if near_duplicates.shows_detail(val.view_size) else "may be"
@@ -169,11 +179,3 @@ def repeated(home, pictures, val, kind, drop):
             f"who remembers; {remedy}"
         )
     return [ours for ours, _ in pairs] if drop else []
-
-
-def repeats(home, pictures, val):
-    """[(path of a picture, path of the validation picture that it nearly repeats)]."""
-    both = val + pictures
-    begin = np.repeat([0, len(val)], [len(val), len(pictures)])
-    pairs = compare(home, both, begin)
-    return [(both.path(i), both.path(j)) for i, j, _ in pairs]

@@ -11,9 +11,9 @@ from PIL import Image, ImageEnhance
 import build_ensemble
 import evaluate
 from common import splits, validation
-from common.audit import audit, audit_lines, find_copies, propose_groups
 from common.audit import label_errors as errors
 from common.audit import near_duplicates as near
+from common.audit.audit import audit, audit_lines, find_copies, propose_groups
 from common.audit.shortcuts import discriminant
 from common.fasteners.drawing import CLASSES, draw
 from common.pictures import DecodedCache

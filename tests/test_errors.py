@@ -259,7 +259,7 @@ def test_an_ensemble_whose_teacher_was_trained_again_is_told(refused, no_export,
     assert "test_resnet/model.pt is another teacher now" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # averaged and raw weights, the optimizer's
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # in last.pt of weights and optimizer
 def test_a_checkpoint_with_one_flipped_bit_is_refused(refused, tmp_path, place):
     def flip(path):
         content = bytearray(path.read_bytes())

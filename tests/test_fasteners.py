@@ -38,7 +38,7 @@ def test_the_set_is_written_whole_and_byte_identical(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "PER_CLASS", SMALL)
     # Worker processes would not see the small table.
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", InProcess)
-    a, b = (dataset.make_dataset(tmp_path / name, progress=False) for name in "ab")
+    a, b = (dataset.make_dataset(tmp_path / name) for name in "ab")
     files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
     assert len(files) == 6 * sum(SMALL.values()) + 1
     assert all((a / file).read_bytes() == (b / file).read_bytes() for file in files)

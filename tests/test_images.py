@@ -69,10 +69,11 @@ def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, ca
     assert "--white-level" not in capsys.readouterr().out
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_exif_orientation_is_applied_once(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
-    pixels = infer.read_picture(saved(two_halves(), "PNG", exif=exif))
+    pixels = infer.read_picture(saved(two_halves(), kind, exif=exif))
     assert pixels.shape == (40, 20, 3)
     assert pixels[5, 10, 0] > 150 and pixels[35, 10, 1] > 150  # red above, green below
 

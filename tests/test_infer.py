@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -75,7 +74,8 @@ def test_infer_runs_alone_and_reports_bad_pictures(edge, tiny, tmp_path):
     plain, as_json = run(), run("--json")
     assert plain.returncode == as_json.returncode == 1
     assert "broken.png: cannot be read" in plain.stderr
-    rows, verdicts = plain.stdout.splitlines(), map(json.loads, as_json.stdout.splitlines())
+    rows, objects = plain.stdout.splitlines(), map(json.loads, as_json.stdout.splitlines())
+    verdicts = [each for each in objects if "error" not in each]
     assert len(rows) == 20
     for row, verdict in zip(rows, verdicts, strict=True):
         path, name, probability, decision = row.split("\t")
@@ -293,8 +293,7 @@ def test_a_watched_folder_is_judged_once_and_whole_across_a_kill(edge, tiny, tmp
         return len(names_judged(tmp_path)) == 5
 
     wait_until(five_are_judged)
-    first.send_signal(signal.SIGKILL) if hasattr(signal, "SIGKILL") else first.kill()
-    first.wait()
+    stop(first)
 
     for number, content in enumerate(source[6:9], 6):
         (tmp_path / f"{number:02d}.png").write_bytes(content)
@@ -306,8 +305,7 @@ def test_a_watched_folder_is_judged_once_and_whole_across_a_kill(edge, tiny, tmp
     wait_until(lambda: len(names_judged(tmp_path)) == 9)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     wait_until(lambda: len(names_judged(tmp_path)) == 10)
-    second.kill()
-    second.wait()
+    stop(second)
     names = names_judged(tmp_path)
     expected = [f"{n:02d}.png" for n in (0, 1, 2, 3, 4, 6, 7, 8)] + ["half.png", "broken.png"]
     assert sorted(names) == sorted(expected) and names[-1] == "broken.png"
@@ -478,7 +476,7 @@ def test_a_passing_error_is_told_once_tried_again_and_not_recorded(tmp_path, mon
     monkeypatch.setattr(infer.time, "sleep", sleep)
     monkeypatch.setattr(infer, "AGAIN", 0)
     with pytest.raises(KeyboardInterrupt):
-        infer.watch(tmp_path, lambda path: next(answers), told.append)
+        infer.watch(tmp_path, lambda path, ready: next(answers), told.append)
     assert ["error" in verdict for verdict in told] == [True, False]
     assert ["error" in verdict for verdict in judged(tmp_path)] == [False]
 
@@ -530,7 +528,7 @@ def test_a_folder_that_may_not_be_searched_stops_nothing_around_it(
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    told = watched(tmp_path, lambda path: {"path": path.name}, monkeypatch, 1)
+    told = watched(tmp_path, lambda path, ready: {"path": path.name}, monkeypatch, 1)
     assert [verdict["path"] for verdict in told] == ["b.png"]
     assert "1 folder locked (Permission denied)" in capsys.readouterr().err
 
@@ -538,12 +536,87 @@ def test_a_folder_that_may_not_be_searched_stops_nothing_around_it(
 def test_a_picture_that_is_taken_away_while_it_is_judged_keeps_its_verdict(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
 
-    def judge(path):
+    def judge(path, ready):
         path.unlink()
         return {"path": path.name, "class": "level"}
 
     (verdict,) = watched(tmp_path, judge, monkeypatch, 1)
     assert verdict["class"] == "level" and names_judged(tmp_path) == ["a.png"]
+
+
+def test_a_picture_that_another_replaces_while_it_is_judged_keeps_its_verdict(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "latest.png").write_bytes(b"first")
+    shown = iter([b"the second"])
+
+    def judge(path, ready):
+        content = path.read_bytes()
+        assert ready(content)
+        path.write_bytes(next(shown, content))  # meanwhile
+        return {"path": path.name, "class": content.decode()}
+
+    told = watched(tmp_path, judge, monkeypatch, 2)
+    assert [verdict["class"] for verdict in told] == ["first", "the second"]
+
+
+def test_a_file_that_ends_in_zeros_may_still_grow_and_is_judged_a_while_later(
+    tmp_path, monkeypatch
+):
+    for name, content in (("room.bmp", b"x" + bytes(infer.TAIL)), ("whole.bmp", b"x")):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(infer, "SETTLE", 0.2)
+    began, waited = time.monotonic(), {}
+
+    def judge(path, ready):
+        if ready(path.read_bytes()):
+            waited[path.name] = time.monotonic() - began
+            return {"path": path.name}
+
+    assert len(watched(tmp_path, judge, monkeypatch, 2)) == 2
+    assert waited["room.bmp"] >= 0.2 > waited["whole.bmp"]
+
+
+def test_classes_may_be_called_key(tmp_path):
+    row = {"key": ["a.png", 1, 2], "probabilities": {"key": 0.9, "nut": 0.1}}
+    with open(tmp_path / "judged.jsonl", "ab", buffering=0) as log:
+        infer.append(log, row)
+        assert infer.judged_before(log) == {("a.png", 1, 2)}
+
+
+def test_a_watch_whose_record_is_taken_away_ends(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def judge(path, ready):
+        (tmp_path / "judged.jsonl").unlink()
+        return {"path": path.name}
+
+    with pytest.raises(infer.Refused, match="moved, removed or changed"):
+        infer.watch(tmp_path, judge, None)
+
+
+def test_a_watch_that_nobody_listens_to_ends_with_status_2(edge, shots):
+    watcher = start_watch(edge, shots, stderr=subprocess.PIPE)
+    watcher.stdout.close()
+    assert watcher.wait(60) == 2 and "nobody reads it" in watcher.stderr.read()
+    assert not judged(shots)
+
+
+def test_a_picture_that_cannot_be_read_is_in_the_output_of_json_and_csv(
+    edge, tmp_path, infer_here
+):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    words = "--model", edge / "student.ts", tmp_path / "bad.png"
+    row = json.loads(infer_here(*words, "--json").stdout)
+    assert row["path"].endswith("bad.png") and "error" in row
+    header, line = infer_here(*words, "--csv").stdout.splitlines()
+    assert line.endswith("bad.png,,,,") and header.count(",") == line.count(",")
+
+
+def test_a_picture_without_contrast_is_noted(edge, tmp_path, infer_here):
+    Image.new("RGB", (96, 96), (3, 3, 3)).save(tmp_path / "dark.png")
+    run = infer_here("--model", edge / "student.ts", tmp_path / "dark.png")
+    assert "lamp, lens or exposure" in run.stderr and run.returncode == 0
 
 
 def test_an_unreadable_picture_is_reported_whatever_the_clock_of_its_disk_says(
@@ -554,7 +627,7 @@ def test_an_unreadable_picture_is_reported_whatever_the_clock_of_its_disk_says(
     os.utime(tmp_path / "a.png", (ahead, ahead))
     monkeypatch.setattr(infer, "SETTLE", 0.2)
     broken = {"path": "a.png", "error": "damaged", "passing": False}
-    assert watched(tmp_path, lambda path: broken, monkeypatch, 1) == [broken]
+    assert watched(tmp_path, lambda path, ready: broken, monkeypatch, 1) == [broken]
 
 
 def test_pictures_of_another_bit_depth_than_the_model_s_are_told(tmp_path):
@@ -563,7 +636,8 @@ def test_pictures_of_another_bit_depth_than_the_model_s_are_told(tmp_path):
     judge = infer.Judge(lambda pictures: np.array([[0.1, 0.9]], np.float32), metadata)
     notes = []
     for value in (200, 300, 4095, 20_000):
-        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "a.png")
+        pixels = np.linspace(0, value, 16).astype(np.uint16).reshape(4, 4)
+        Image.fromarray(pixels).save(tmp_path / "a.png")
         notes.append(judge(tmp_path / "a.png")["note"])
     assert notes == ["brightest value 200, white level 4095: nearly black", None, None,
                      "brightest value 20000, white level 4095: clipped"]
@@ -703,6 +777,7 @@ def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here):
     assert infer.load_student(file, right.upper())[1]["precision"] == "float32"
     said = refusal(edge / "student.int8.ts", right)
     assert right in said and "its sha256 is" in said
-    assert right in in_one_line(infer_here("--model", file, "--sha256", "0" * 64, ROOT))
+    for wrong in ("0" * 64, ""):  # of a variable that is not set
+        assert right in in_one_line(infer_here("--model", file, "--sha256", wrong, ROOT))
     help_text = " ".join(infer_here("--help").stdout.split())
     assert "is a program, and loading it runs it" in help_text

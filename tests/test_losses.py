@@ -1,4 +1,4 @@
-"""Formulas of losses.py and calibration.py against numbers worked out by hand."""
+"""Formulas of losses.py against numbers worked out by hand."""
 
 import math
 

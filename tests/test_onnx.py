@@ -19,7 +19,7 @@ import distill
 import evaluate
 import infer
 from common import export, export_onnx, splits
-from common.files import CHECKSUM, EXPORTED, ONNX_CHECKSUM, UserError, checksummed
+from common.files import CHECKSUM, EXPORTED, UserError, checksummed
 from common.models import load_checkpoint
 from common.pictures import DecodedCache
 
@@ -166,7 +166,7 @@ def test_cut_flipped_and_foreign_files_are_refused_in_one_line(edge, tmp_path):
     for name, data in foreign.items():
         file = tmp_path / f"{name}.onnx"
         if name in ("bare", "old"):
-            with checksummed(file, ONNX_CHECKSUM) as output:
+            with checksummed(file, export_onnx.CHECKSUM) as output:
                 output.write(data)
         else:
             file.write_bytes(data)
@@ -199,7 +199,8 @@ def test_both_graphs_are_of_the_versions_that_onnxruntime_1_14_reads(edge):
 
 
 def test_infer_knows_the_length_of_both_checksums():
-    lengths = {".ts": len(CHECKSUM.format("0" * 64)), ".onnx": len(ONNX_CHECKSUM.format("0" * 64))}
+    endings = {".ts": CHECKSUM, ".onnx": export_onnx.CHECKSUM}
+    lengths = {kind: len(ending.format("0" * 64)) for kind, ending in endings.items()}
     assert lengths == infer.CHECKSUMS
 
 

@@ -246,10 +246,17 @@ def test_a_test_set_may_lack_classes_and_a_line_says_so(inside, tmp_path, capfd)
     assert "too many: bent" in capfd.readouterr().err
 
 
-def test_a_data_folder_that_is_gone_leaves_the_audit_out_and_nothing_else(inside, tmp_path, capfd):
-    words = ("--data-dir", tmp_path / "gone", "--test-dirs", "parts/test", *CPU)
-    assert call(evaluate.main, "runs/student/model.pt", *words, "--output", tmp_path / "r") == 0
-    assert "audit" not in capfd.readouterr().err
+def test_training_pictures_that_are_gone_leave_the_audit_out_and_nothing_else(
+    inside, tmp_path, capfd
+):
+    words = ("--test-dirs", "parts/test", *CPU, "--output", tmp_path / "r")
+    (inside.data / "train").rename(inside.data / "gone")
+    try:
+        assert call(evaluate.main, "runs/student/model.pt", *words) == 0
+    finally:
+        (inside.data / "gone").rename(inside.data / "train")
+    assert "audit: left out, since the training pictures are not here" in capfd.readouterr().out
+    assert "Not audited" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_val_folder_that_lacks_a_class_says_what_to_do(train, tmp_path):

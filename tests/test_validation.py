@@ -6,6 +6,7 @@ from conftest import CPU, call, make_set
 from PIL import Image, ImageEnhance, ImageOps
 
 import build_ensemble
+import distill
 import train_teacher
 from common import splits, validation
 from common.files import UserError
@@ -90,6 +91,18 @@ def test_twins_and_named_groups_are_joined(parts, capfd):
     number_of = [{name[-1] for name in pairs_of(side)} for side in (train, val)]
     assert not set.intersection(*number_of) and len(set.union(*number_of)) == 8
     assert "near-duplicates" not in capfd.readouterr().out  # the groups held all of them already
+
+
+def test_a_promise_that_rests_on_twins_is_named(parts, capfd):
+    _, val, dataset = open_training(parts)
+    metadata = {"operating_point": {"goal": "miss"}, "good_classes": ["level"], "classes": CLASSES}
+    decoded = DecodedCache("runs/decoded")
+    capfd.readouterr()
+    distill.warn_of_repeats(decoded, val, dataset, metadata)
+    assert "of 16 validation defects only 8 are no near-duplicates" in capfd.readouterr().out
+    as_parts = {**dataset, "group_regex": r"z?([clu]00\d)"}
+    distill.warn_of_repeats(decoded, val, as_parts, metadata)
+    assert "warning" not in capfd.readouterr().out
 
 
 def test_the_split_does_not_depend_on_the_size_of_the_views(parts):

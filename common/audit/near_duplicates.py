@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
-from common import files
-
 VERSION = 1  # raise it when another pair may be found
 BLOCK = 64  # pictures at a time: larger blocks leave the processor's cache and take longer
 COARSE = 16  # size in px of the thumbnails that name candidates
@@ -43,15 +41,6 @@ def exact_copies(digests, begin):
     return [(i, j) for i, j in enumerate(originals) if j < begin[i]]
 
 
-def remembered(home, pictures, begin):
-    """`near_duplicates`, from a file in the folder `home` where the same were compared before."""
-    identity = [VERSION, pictures.fingerprint(), begin.tolist()]
-    found = files.remembered(
-        home, "copies", identity, lambda: {"pairs": near_duplicates(pictures, begin)}
-    )
-    return found["pairs"]
-
-
 def near_duplicates(pictures, begin, threshold=None, skip=()):
     """Find pictures that nearly repeat an earlier one: [(i, j, likeness)], j the likest.
 
@@ -71,21 +60,9 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
     later = np.setdiff1d(np.flatnonzero(begin), list(skip))
     blocks = BatchSampler(later, BLOCK, drop_last=False)
     for block in tqdm(blocks, "near-duplicates", disable=None, leave=False):
-        # the likest of the candidates [B, C], and the symmetry that shows it
         i = torch.tensor(block)
-        limits = torch.from_numpy(begin[block])[:, None]
-        cosine = coarse[i] @ coarse[: limits.max()].T
-        cosine[torch.arange(limits.max()) >= limits] = -torch.inf
-        candidates = cosine.topk(min(CANDIDATES, cosine.shape[1])).indices
-        turned = symmetries(thumbnails[i])[:, :, None]
-        correlation = (turned * thumbnails[candidates]).flatten(3).sum(-1)  # [8, B, C]
-        correlation, symmetry = correlation.where(candidates < limits, -torch.inf).max(0)
-        scores, column = correlation.max(1)
-        best = torch.arange(len(i)), column
-        j, symmetry = candidates[best], symmetry[best]
-
-        # the agreement of their detail
-        for size in sizes:
+        j, symmetry, scores = likest(i, torch.from_numpy(begin[block]), thumbnails, coarse)
+        for size in sizes:  # the agreement of their detail, ever finer
             kept = scores >= WORTH
             i, j, symmetry, scores = i[kept], j[kept], symmetry[kept], scores[kept]
             if len(i):
@@ -94,6 +71,26 @@ def near_duplicates(pictures, begin, threshold=None, skip=()):
         matches = zip(i.tolist(), j.tolist(), scores.tolist())
         pairs += [match for match in matches if match[2] >= threshold]
     return pairs
+
+
+def likest(i, limits, thumbnails, coarse):
+    """Of each picture i[b] the likest one before limits[b], by thumbnails: (j, symmetry, score).
+
+    All int64 [B], but scores are correlations, float [B]; symmetry is the number of that one of the
+    `symmetries` of i which shows it. thumbnails: float [N, S, S], of mean 0 and length 1; coarse:
+    their `descriptors`, by which CANDIDATES are named.
+    """
+    cosine = coarse[i] @ coarse[: limits.max()].T
+    cosine[torch.arange(limits.max()) >= limits[:, None]] = -torch.inf
+    candidates = cosine.topk(min(CANDIDATES, cosine.shape[1])).indices  # [B, C]
+
+    turned = symmetries(thumbnails[i])[:, :, None]  # [8, B, 1, S, S]
+    correlation = (turned * thumbnails[candidates]).flatten(3).sum(-1)  # [8, B, C]
+    allowed = candidates < limits[:, None]  # of few pictures not all candidates are
+    correlation, symmetry = correlation.where(allowed, -torch.inf).max(0)  # [B, C]
+    scores, column = correlation.max(1)
+    best = torch.arange(len(i)), column
+    return candidates[best], symmetry[best], scores
 
 
 def shows_detail(view_size):

@@ -12,7 +12,7 @@ stream that never sees the class, so that no shortcut tells the classes apart.
     light.py, background.py   lamps and shading; what the part lies on
     camera.py                 from light to the bytes of a picture
     drawing.py                one picture, from all of these
-    dataset.py, __main__.py   the set, and the command that draws it
+    dataset.py                the set, drawn once
 """
 
 from common.fasteners.dataset import make_dataset

@@ -87,7 +87,7 @@ def is_complete(root):
         return False
 
 
-def make_dataset(root, progress=True):
+def make_dataset(root):
     """Make the whole set as folder `root`, unless it is there already; returns `root`.
 
     The pictures are drawn in a folder beside it that is renamed at the end, so that nothing
@@ -102,13 +102,12 @@ def make_dataset(root, progress=True):
             "remove it or name another folder"
         )
     jobs = [job for split in PER_CLASS for job in plan(split)]
-    if progress:
-        print(f"drawing {len(jobs)} pictures of fasteners into {root} (once)", flush=True)
+    print(f"drawing {len(jobs)} pictures of fasteners into {root} (once)", flush=True)
 
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as private:
         draft = Path(private) / root.name
-        draw_all(draft, jobs, progress)
+        draw_all(draft, jobs)
         text = json.dumps(description(), indent=2) + "\n"
         (draft / MARKER).write_text(text, encoding="utf-8")
         try:
@@ -130,15 +129,11 @@ def cores():
         return count
 
 
-def draw_all(folder, jobs, progress):
-    """Draw all jobs of `plan` below a folder, on all processors, as no picture needs another.
-
-    progress: whether to show a bar.
-    """
+def draw_all(folder, jobs):
+    """Draw all jobs of `plan` below a folder, on all processors, as no picture needs another."""
     for home in {(folder / file).parent for file, *_ in jobs}:
         home.mkdir(parents=True)
-    disable = None if progress else True  # None: a bar on a terminal, silence in a log
     with ProcessPoolExecutor(min(cores(), 61)) as pool:  # more of them Windows refuses
         done = pool.map(partial(save_picture, folder), jobs, chunksize=32)
-        for _ in tqdm(done, "drawing pictures", len(jobs), disable=disable):
+        for _ in tqdm(done, "drawing pictures", len(jobs), disable=None):  # a bar on a terminal
             pass

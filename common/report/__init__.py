@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from common import export, metrics, splits, validation
 from common.files import atomic_path, save_json
 from common.report import charts, tables
-from infer import LARGEST, OPACITY, RED, occlusion_map
+from infer import LARGEST, occlusion_map, redden
 
 FILES = ("report.html", "metrics.json", "predictions.csv")
 KINDS = ("exported", "student", "ensemble", "teacher")  # of models; the page is about the first
@@ -46,7 +46,7 @@ def compare(results, answers, pictures, baseline):
 
 
 def untold_by_validation(models):
-    """Test sets of which validation does not tell: accuracies differ by more than their intervals.
+    """Test sets where accuracy is not what validation promised: the two intervals do not overlap.
 
     models: {name: row of metrics.json}. Returns plain data, per test set how many models differ so,
     of how many, and both accuracies of the one that differs most.
@@ -119,9 +119,9 @@ def shown_model(models, baseline):
 
 
 def compared_model(models, baseline, shown):
-    """The model whose difference to the baseline is the answer: a checkpoint for its exported file.
+    """The model that the page's first sentence compares with the baseline; None where none is.
 
-    It ran as the baseline did. None where there is nothing to compare.
+    For an exported file that is the checkpoint it was made from, which ran as the baseline did.
     """
     if baseline in (None, shown):
         return None
@@ -158,8 +158,8 @@ def details(summary, answers, pictures, shown):
         point = model["sets"][name].get("operating_point")
         if point:
             good = metrics.numbers_of(model["good_classes"], summary["classes"])
-            parts = validation.parts_of(each, model["group_regex"])
-            scores, defective = metrics.of_parts(*metrics.defects(p, labels, good), parts)
+            parts = validation.groups_of(validation.below(each), model["group_regex"])
+            scores, defective = metrics.defects(p, labels, good, parts)
             if defective.any() and not defective.all():
                 curves.append(charts.operating_curve(scores, defective, point))
         wrong = np.flatnonzero(p.argmax(1) != labels)
@@ -221,9 +221,8 @@ def address(pictures, row, heat_of=None):
     frame = pictures.batch([row])[0].numpy()
     image = Image.fromarray(frame)
     if heat_of:
-        mask = Image.fromarray((heat_of(frame) * OPACITY).astype(np.uint8))
         image = ImageOps.contain(image, (LARGEST, LARGEST))
-        image.paste(RED, mask=mask.resize(image.size, Image.Resampling.BICUBIC))
+        redden(image, heat_of(frame))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -14,8 +14,8 @@ SCORES = {  # printed beside the accuracy
 def print_tables(summary):
     """Print the content of metrics.json: a block per model, then what its threshold does."""
     models, baseline = summary["models"], summary["baseline"]
-    rows = [["", "accuracy", *SCORES.values(), "minus baseline" if baseline else ""]]
-    rows[0] += ["M params", "    MB", "    ms"]
+    head = ["", "accuracy", *SCORES.values(), "minus baseline" if baseline else ""]
+    rows = [head + ["M params", "    MB", "    ms"]]
     for name, model in models.items():
         mean = f"{model['mean_accuracy']:.4f} mean over sets"
         cost = [f"{model['parameters'] / 1e6:8.2f}", f"{model['bytes'] / 1e6:6.1f}"]
@@ -26,7 +26,8 @@ def print_tables(summary):
             others = [f"{s[key]:.4f}" if key in s else "" for key in SCORES]
             rows.append([f"  {of}", accuracy, *others, minus(s, name == baseline), "", "", ""])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sizes = ", ".join(f"{of} {s['n']}" for of, s in model["sets"].items())
+    sets = next(iter(models.values()))["sets"]
+    sizes = ", ".join(f"{of} {s['n']}" for of, s in sets.items())
     compared = f", Agresti and Min's of differences to {baseline}; wins:losses" if baseline else ""
     print(f"\ntest pictures: {sizes}; [95 % intervals], Wilson's of accuracies{compared}")
     for row in rows:

@@ -49,9 +49,10 @@ from PIL import Image
 from torch import nn
 
 import infer
-from common import audit, cli, export, export_onnx, models, splits
+from common import cli, export, export_onnx, models, splits
+from common.audit import audit
 from common.ensemble import CachedLogits, load_ensemble
-from common.files import CHECKSUM, ONNX_CHECKSUM, UserError
+from common.files import CHECKSUM, UserError
 from common.pictures import WHITE_LEVEL, DecodedCache, decode_file, resize
 
 ONNX = all(map(find_spec, export_onnx.PACKAGES))  # else its rows are left out
@@ -417,8 +418,8 @@ def edit_metadata(content, others, rng):
 
 def edit_graph(content, others, rng):
     """student.onnx, mutated anywhere, with a right checksum."""
-    size = len(ONNX_CHECKSUM.format("0" * 64))
-    return with_checksum(mutate(content[:-size], others, rng), ONNX_CHECKSUM)
+    size = len(export_onnx.CHECKSUM.format("0" * 64))
+    return with_checksum(mutate(content[:-size], others, rng), export_onnx.CHECKSUM)
 
 
 def with_checksum(content, ending):
@@ -448,7 +449,7 @@ if ONNX:
 
 # ------------------------------------------------------------------------------------- processes
 
-CONTEXT = process_server("infer", "common.audit", "common.export", "common.splits", "bench")
+CONTEXT = process_server("infer", "common.audit.audit", "common.export", "common.splits", "bench")
 
 
 def work(connection, home, name, numbers, seed, keep):

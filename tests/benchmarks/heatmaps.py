@@ -22,7 +22,7 @@ from common.fasteners import CLASSES
 from common.fasteners.drawing import draw
 from common.files import px
 from common.metrics import numbers_of
-from infer import OPACITY, RED, load_student, occlusion_map, resize
+from infer import load_student, occlusion_map, redden, resize
 
 SEED, SPLIT = 77, 0
 CHANGED = 12  # of 255, from which a pixel belongs to the defect
@@ -58,8 +58,7 @@ def pixel_auroc(evidence, defect):
 def overlay(picture, evidence, side):
     """The picture at side x side px, with red where the evidence [h, w] in 0..1 is."""
     image = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
-    mask = Image.fromarray((evidence * OPACITY).astype(np.uint8))
-    image.paste(RED, mask=mask.resize(image.size, Image.Resampling.BICUBIC))
+    redden(image, evidence)
     return image
 
 
