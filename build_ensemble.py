@@ -35,8 +35,8 @@ from common.metrics import score
 from common.views import ViewRecipe, render
 
 # Stored by default: of few pictures many views, since a student learns those by heart that it sees
-# again. The embedded set's student has a quarter of the steps.
-PICTURE_VIEWS, EMBEDDED_VIEWS, FEWEST, MOST = 20_000, 10_000, 4, 200  # each view is an open file
+# again. From scratch the embedded set's has a quarter of the steps.
+PICTURE_VIEWS, SHORT_VIEWS, FEWEST, MOST = 20_000, 10_000, 4, 200  # each view is an open file
 OF_TEACHER = ("weights_sha256", "model", "img_size")  # what ensemble.json says of each
 NOISE = 1e-3  # of a logit, for --check: what float32 adds up to over the layers
 # Seeds from here on are no teacher's: where it was trained, it would repeat the label.
@@ -49,8 +49,8 @@ def parse_arguments():
                    help="teachers' model.pt (default: every teacher in runs/*/model.pt)")
     p.add_argument("--views", type=cli.positive_int,
                    help="augmented views to store, beside the plain one (default: as many as make "
-                   f"{PICTURE_VIEWS} picture-views, {EMBEDDED_VIEWS} of the embedded set, at least "
-                   f"{FEWEST} and at most {MOST})")
+                   f"{PICTURE_VIEWS} picture-views, {SHORT_VIEWS} for the embedded set from "
+                   f"scratch, at least {FEWEST} and at most {MOST})")
     p.add_argument("--unlabelled", metavar="DIR",
                    help="pictures without labels that take part in distillation (default: "
                    "unlabelled/ in the data folder where there is one; 'none' for none)")
@@ -132,7 +132,9 @@ def build(args):
         cli.lap("label errors")
 
     # The views that an earlier start has not stored.
-    views = args.views or default_views(len(pictures), dataset["dir"])
+    warm = any(models.starts_warm(state["args"]) for state in states)
+    short = folders.is_embedded(dataset["dir"]) and not warm
+    views = args.views or default_views(len(pictures), short)
     absent = torch.zeros(1 + views)  # of processes but the first it stays zero
     if distributed.rank() == 0:
         absent[missing_views(folder, 1 + views)] = 1
@@ -149,9 +151,9 @@ def build(args):
 # --------------------------------------------------------------------------- teachers and pictures
 
 
-def default_views(count, folder):
-    """How many views to store beside the plain one, of `count` pictures of a data folder."""
-    wanted = EMBEDDED_VIEWS if folders.is_embedded(folder) else PICTURE_VIEWS
+def default_views(count, short=False):
+    """How many views of `count` pictures to store beside the plain one; short: for few steps."""
+    wanted = SHORT_VIEWS if short else PICTURE_VIEWS
     return min(MOST, max(FEWEST, wanted // count))
 
 

@@ -42,7 +42,7 @@ from common.losses import class_weights, labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates, good_classes, numbers_of
 from common.views import ViewRecipe, render
 
-STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain ends in a few minutes
+STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain from scratch takes a few minutes
 MISS_RATE = 0.05  # share of the defects that may pass
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
@@ -64,7 +64,7 @@ def parse_arguments():
                        help="start from a ResNet18 of torchvision or timm (.safetensors, .pth)")
     p.add_argument("--steps", type=cli.positive_int, metavar="N",
                    help=f"batches to train on (default: {STEPS}; {EMBEDDED_STEPS} for the embedded "
-                   "set); at 128 px one takes about 0.3 s on two CPU cores")
+                   "set from scratch); at 128 px one takes about 0.3 s on two CPU cores")
     p.add_argument("--epochs", type=cli.positive_int, nargs=1, help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation and order; the views are the ensemble's "
@@ -145,7 +145,8 @@ def distil(output, onnx, args):
         weights = class_weights(labelled.labels, len(dataset["classes"])).to(device)
 
     # The run.
-    steps = args.steps or (EMBEDDED_STEPS if folders.is_embedded(dataset["dir"]) else STEPS)
+    short = folders.is_embedded(dataset["dir"]) and not models.starts_warm(vars(args))
+    steps = args.steps or (EMBEDDED_STEPS if short else STEPS)
     schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
     run = training.Run(model, groups, schedule, output, {
         "kind": "student",

@@ -52,6 +52,11 @@ class Classifier(nn.Module):
         return self.backbone(self.normalise(pixels))
 
 
+def starts_warm(args):
+    """Whether a training's flags, a dict, name weights to start from."""
+    return bool(args.get("weights") or args.get("pretrained"))
+
+
 def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     """A timm classifier as a `Classifier`, from scratch, from timm's hub or from a weight file.
 

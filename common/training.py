@@ -17,7 +17,14 @@ from tqdm import tqdm
 from common import distributed
 from common.files import EXPORTED, UserError, atomic_path, require_same
 from common.metrics import score
-from common.models import load_checkpoint, precision, predict, save_checkpoint, weights_sha256
+from common.models import (
+    load_checkpoint,
+    precision,
+    predict,
+    save_checkpoint,
+    starts_warm,
+    weights_sha256,
+)
 
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
@@ -327,5 +334,5 @@ def identity(header, schedule):
         "held_out": header["dataset"]["held_out"],
         "dropped": header["dataset"]["dropped"],
         "ensemble": header.get("ensemble_sha256"),
-        "pretrained": bool(args.get("weights") or args.get("pretrained")),
+        "pretrained": starts_warm(args),
     }

@@ -244,11 +244,11 @@ def test_a_teacher_sees_its_labels_sixty_times_within_bounds(labels, batch, step
     assert train_teacher.default_steps(labels, batch) == steps
 
 
-@pytest.mark.parametrize("count, folder, views", [
-    (1124, "parts", 17), (10**6, "parts", 4), (2208, "data/fasteners", 4),
+@pytest.mark.parametrize("count, short, views", [
+    (1124, False, 17), (10**6, False, 4), (20, False, 200), (2208, True, 4), (2208, False, 9),
 ])
-def test_of_few_pictures_many_views_are_stored(count, folder, views):
-    assert build_ensemble.default_views(count, folder) == views
+def test_of_few_pictures_many_views_are_stored(count, short, views):
+    assert build_ensemble.default_views(count, short) == views
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])  # one has batch statistics

@@ -59,7 +59,7 @@ def stages(home, args):
         folder = home / "ensemble" / str(views)  # each anew
         return ["build_ensemble.py", *teachers, "--output", folder, *data, "--views", views]
 
-    views = build_ensemble.default_views(labelled + args.pool, home / "data")
+    views = build_ensemble.default_views(labelled + args.pool)
     call(*build(2))  # decodes the pool
     yield f"ensemble, {views} views", build, VIEWS, views
     for name, alpha in (("distilled", 0.9), ("alone", 0)):
