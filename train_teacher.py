@@ -3,7 +3,7 @@
     python train_teacher.py                                # the embedded set, two default teachers
     python train_teacher.py --steps 50 --model resnet10t   # seconds on a laptop
     python train_teacher.py --data-dir my_parts --pretrained \\
-        --model vit_small_patch14_dinov2 tf_efficientnet_lite0 --frozen vit_small_patch14_dinov2
+        --model vit_small_patch14_dinov2 tf_efficientnet_lite0
     torchrun --standalone --nproc-per-node 4 train_teacher.py -b 96  # a process per GPU
 
 Reads   DIR/train/<class>/*, and DIR/val/<class>/* where it exists (else part of train is held out)
@@ -33,8 +33,9 @@ from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS
 
-# By default a teacher sees its labels 60 times: with more it learns them by heart, and teaches so.
-PASSES, FEWEST, MOST = 60, 500, 2000  # the last two in steps
+# Passes over the labels, fewest and most steps: with more a teacher learns its labels by heart, and
+# teaches so. A pretrained transformer learns faster (tests/benchmarks/README.md, ablations).
+LENGTH, OF_TRANSFORMERS = (60, 500, 2000), (24, 200, 500)
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
 FROZEN_STEPS, FROZEN_LR = 500, 3e-3  # of a head alone
@@ -63,13 +64,15 @@ def parse_arguments():
                        help="start from weight files in timm's names or model.pt, one per --model")
     p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
                    help="models of --model that keep their weights: only the new head is trained, "
-                   "in a third of the time; often the better lesson (DINOv2 and its like)")
+                   "in a third of the time a step")
     p.add_argument("--steps", type=cli.positive_int, nargs="+", action="extend",
                    metavar="N",
                    help="batches to train on, one number for all models or one for each "
-                   f"(default: {PASSES} passes over the labelled pictures, at least {FEWEST} and "
-                   f"at most {MOST}; {FROZEN_STEPS} for --frozen; fewer for the embedded set from "
-                   "scratch); at 128 px one takes about 0.5 s on two CPU cores")
+                   f"(default: {LENGTH[0]} passes over the labels, at least {LENGTH[1]} and at "
+                   f"most {LENGTH[2]}; of a pretrained transformer {OF_TRANSFORMERS[0]}, at least "
+                   f"{OF_TRANSFORMERS[1]} and at most {OF_TRANSFORMERS[2]}; {FROZEN_STEPS} for "
+                   "--frozen; fewer for the embedded set from scratch); at 128 px one takes about "
+                   "0.5 s on two CPU cores")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation, order and views (default: %(default)s)")
@@ -133,7 +136,7 @@ def main():
             with distributed.first_then_others():
                 model, groups = create(number, dataset, img_sizes[number], args)
             model.to(device, memory_format=torch.channels_last)
-            schedule = plan(number, len(train), dataset, args)
+            schedule = plan(number, model, len(train), dataset, args)
             run = training.Run(model, groups, schedule, homes[number], {
                 "kind": "teacher",
                 "model": name,
@@ -183,7 +186,7 @@ def check_frozen(args):
     for name in args.frozen:
         if name not in args.model:
             raise UserError(f"--frozen {name}: not among --model {' '.join(args.model)}")
-    if args.frozen and not (args.pretrained or args.weights):
+    if args.frozen and not models.starts_warm(vars(args)):
         raise UserError("--frozen: needs weights to keep; add --pretrained or --weights")
 
 
@@ -298,8 +301,8 @@ def size_lines(sizes, view_size):
 def create(number, dataset, img_size, args):
     """(model, parameter groups); a pretrained backbone learns more slowly than its new head.
 
-    A frozen one learns nothing. Its answers are less accurate but not learnt by heart, and may be
-    the better lesson (Marrie et al. 2024, arXiv 2402.11305).
+    A frozen one learns nothing by heart, and may be the better lesson though it is less accurate
+    (Marrie et al. 2024, arXiv 2402.11305).
     """
     torch.manual_seed(args.seed)
     model = models.create_teacher(
@@ -314,16 +317,18 @@ def create(number, dataset, img_size, args):
         model.requires_grad_(False)
         for head in models.heads(model.backbone):
             head.requires_grad_(True)
-    if frozen or not (args.pretrained or args.weights):
+    if frozen or not models.starts_warm(vars(args)):
         return model, parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)
 
 
-def plan(number, pictures, dataset, args):
+def plan(number, model, pictures, dataset, args):
     """The schedule of one teacher, for that many labelled pictures."""
-    name, steps, lr = args.model[number], default_steps(pictures, args.batch_size), LR
-    if folders.is_embedded(dataset["dir"]) and not (args.pretrained or args.weights):
+    name, lr, warm = args.model[number], LR, models.starts_warm(vars(args))
+    length = OF_TRANSFORMERS if warm and attends(model.backbone) else LENGTH
+    steps = default_steps(pictures, args.batch_size, *length)
+    if folders.is_embedded(dataset["dir"]) and not warm:
         steps, lr = EMBEDDED_STEPS.get(name, steps), EMBEDDED_LR
     if name in args.frozen:
         steps, lr = FROZEN_STEPS, FROZEN_LR
@@ -332,9 +337,9 @@ def plan(number, pictures, dataset, args):
     return training.Schedule(steps, args.lr or lr, args.clip_grad, args.seed)
 
 
-def default_steps(pictures, batch_size):
-    """How long to train on so many pictures (tests/benchmarks/README.md, ablations)."""
-    return min(max(FEWEST, PASSES * pictures // batch_size), MOST)
+def default_steps(pictures, batch_size, passes, fewest, most):
+    """The steps of so many passes over the pictures, or the bound that they exceed."""
+    return min(max(fewest, passes * pictures // batch_size), most)
 
 
 def fit(run, train, val, recipe, args):
@@ -387,11 +392,18 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
 def fine_tuning_rates(backbone):
     """(backbone_lr, layer_decay) for `parameter_groups`: steep for transformers, flat for CNNs.
 
-    A CNN has more blocks, so a transformer's decay would freeze its early ones. What attends has
-    heads; its name says nothing, since timm calls the slot of squeeze-and-excite `attn` too.
+    A CNN has more blocks, so a transformer's decay would freeze its early ones.
     """
-    attends = any(hasattr(m, "num_heads") or hasattr(m, "heads") for m in backbone.modules())
-    return (0.1, 0.75) if attends else (1.0, 0.95)
+    return (0.1, 0.75) if attends(backbone) else (1.0, 0.95)
+
+
+def attends(backbone):
+    """Whether a timm model is a transformer, or a CNN with attention.
+
+    What attends has heads; its name says nothing, since timm calls the slot of squeeze-and-excite
+    `attn` too.
+    """
+    return any(hasattr(m, "num_heads") or hasattr(m, "heads") for m in backbone.modules())
 
 
 if __name__ == "__main__":

@@ -226,22 +226,28 @@ def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
 
 
 def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
-    def plan(*words):
-        monkeypatch.setattr("sys.argv", ["train_teacher.py", *words])
-        dataset = {"dir": "data/fasteners"}
-        schedule = train_teacher.plan(0, 480, dataset, train_teacher.parse_arguments())
+    def plan(name, *words):
+        monkeypatch.setattr("sys.argv", ["train_teacher.py", "--model", name, *words])
+        args = train_teacher.parse_arguments()
+        backbone = timm.create_model("test_resnet" if "resnet" in name else "test_vit")
+        model = models.Classifier(backbone, [64, 64], (0,), (1,))
+        schedule = train_teacher.plan(0, model, 480, {"dir": "data/fasteners"}, args)
         return schedule.steps, schedule.lr
 
-    assert plan() == (235, 3e-3) and plan("--pretrained") == (1200, 1e-3)
-    assert plan("--pretrained", "--frozen", "coatnet_nano_rw_224") == (500, 3e-3)
-    assert plan("--steps", "7", "--lr", "0.1") == (7, 0.1)
+    assert plan("coatnet_nano_rw_224") == (235, 3e-3) and plan("resnet10t") == (500, 3e-3)
+    assert plan("test_resnet", "--pretrained") == (1200, 1e-3)
+    assert plan("test_vit", "--pretrained") == (480, 1e-3)
+    assert plan("test_vit", "--pretrained", "--frozen", "test_vit") == (500, 3e-3)
+    assert plan("test_vit", "--steps", "7", "--lr", "0.1") == (7, 0.1)
 
 
-@pytest.mark.parametrize("labels, batch, steps", [
-    (60, 24, 500), (480, 24, 1200), (480, 48, 600), (5000, 24, 2000),
+@pytest.mark.parametrize("labels, batch, steps, of_transformers", [
+    (60, 24, 500, 200), (300, 24, 750, 300), (480, 48, 600, 240), (5000, 24, 2000, 500),
 ])
-def test_a_teacher_sees_its_labels_sixty_times_within_bounds(labels, batch, steps):
-    assert train_teacher.default_steps(labels, batch) == steps
+def test_a_teacher_sees_its_labels_so_often_within_bounds(labels, batch, steps, of_transformers):
+    assert train_teacher.default_steps(labels, batch, *train_teacher.LENGTH) == steps
+    its = train_teacher.default_steps(labels, batch, *train_teacher.OF_TRANSFORMERS)
+    assert its == of_transformers
 
 
 @pytest.mark.parametrize("count, short, views", [

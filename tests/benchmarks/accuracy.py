@@ -30,7 +30,7 @@ from bench import (
     with_interval,
     with_std,
 )
-from sets import CNN, TASKS, TEACHERS, TRANSFORMER, add_sources, pictures_of, teach
+from sets import CNN, TASKS, TEACHERS, add_sources, pictures_of, teach
 
 from common import cli
 from common.files import load_json
@@ -53,7 +53,7 @@ def stages(task, pictures, home, weights, seed, student_weights):
     """(name, command words) of one set and seed, in order."""
     teachers = [home / name / "model.pt" for name in TEACHERS]
     rest = ["--seed", seed, "--overwrite"]
-    yield teach(task, pictures, home, weights, seed, "--frozen", TRANSFORMER)
+    yield teach(task, pictures, home, weights, seed)
     yield "ensemble", ["build_ensemble.py", *teachers, "--output", home / "ensemble", *rest]
     for name, (steps, alpha) in STUDENTS.items():
         words = ["distill.py", home / "ensemble", "--steps", steps, "--alpha", alpha]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from bench import call, machine, make_pictures, print_table
-from sets import TEACHERS, TRANSFORMER
+from sets import TEACHERS
 
 import build_ensemble
 import distill
@@ -45,13 +45,10 @@ def stages(home, args):
     labelled = args.pictures - args.pictures // 5  # the rest validates
     data = ["--data-dir", home / "data", "--overwrite", "--device", args.device]
     size = ["--view-size", args.view_size] if args.view_size else []
-    start = home / "start"  # a network to keep as it is
-    begin = ["train_teacher.py", *data, *size, "--model"]
-    call(*begin, TRANSFORMER, "--output", start, "--steps", 1)
-    kept = ["--weights", start / TRANSFORMER / "model.pt", "--frozen", TRANSFORMER]
-    lengths = train_teacher.FROZEN_STEPS, train_teacher.default_steps(labelled, BATCH)
-    for name, steps in zip(TEACHERS, lengths):
-        words = [*begin, name, *(kept if name == TRANSFORMER else []), "--output", home, "--steps"]
+    lengths = train_teacher.OF_TRANSFORMERS, train_teacher.LENGTH
+    for name, length in zip(TEACHERS, lengths):
+        steps = train_teacher.default_steps(labelled, BATCH, *length)
+        words = ["train_teacher.py", *data, *size, "--model", name, "--output", home, "--steps"]
         yield f"{name}, {steps} steps", lambda n, words=words: [*words, n], STEPS, steps
 
     def build(views):
