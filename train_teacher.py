@@ -38,7 +38,6 @@ from infer import FORMATS
 LENGTH, OF_TRANSFORMERS = (60, 500, 2000), (24, 200, 500)
 LABEL_SMOOTHING = 0.1  # share of the label spread over all classes
 LR, EMBEDDED_LR = 1e-3, 3e-3  # the embedded set's few steps from scratch want a higher one
-FROZEN_STEPS, FROZEN_LR = 500, 3e-3  # of a head alone
 EMBEDDED_STEPS = {"coatnet_nano_rw_224": 235, "resnet10t": 500}  # a few minutes
 EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes on two cores
 VAL_FRACTION = 0.2
@@ -62,17 +61,13 @@ def parse_arguments():
                        help="start from timm's weights (needs a network once)")
     start.add_argument("--weights", nargs="+", action="extend", metavar="FILE",
                        help="start from weight files in timm's names or model.pt, one per --model")
-    p.add_argument("--frozen", nargs="+", action="extend", default=[], metavar="NAME",
-                   help="models of --model that keep their weights: only the new head is trained, "
-                   "in a third of the time a step")
     p.add_argument("--steps", type=cli.positive_int, nargs="+", action="extend",
                    metavar="N",
                    help="batches to train on, one number for all models or one for each "
                    f"(default: {LENGTH[0]} passes over the labels, at least {LENGTH[1]} and at "
                    f"most {LENGTH[2]}; of a pretrained transformer {OF_TRANSFORMERS[0]}, at least "
-                   f"{OF_TRANSFORMERS[1]} and at most {OF_TRANSFORMERS[2]}; {FROZEN_STEPS} for "
-                   "--frozen; fewer for the embedded set from scratch); at 128 px one takes about "
-                   "0.5 s on two CPU cores")
+                   f"{OF_TRANSFORMERS[1]} and at most {OF_TRANSFORMERS[2]}; fewer for the embedded "
+                   "set from scratch); at 128 px one takes about 0.5 s on two CPU cores")
     p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation, order and views (default: %(default)s)")
@@ -99,7 +94,7 @@ def parse_arguments():
                    help="value that is white where pictures have more than 8 bits; 4095 for a "
                    "12-bit camera, 1 for fractions (default: %(default)s)")
     cli.add_leak_flags(g)
-    rates = f"(default: {LR:g}; {FROZEN_LR:g} for --frozen, or the embedded set from scratch)"
+    rates = f"(default: {LR:g}; {EMBEDDED_LR:g} for the embedded set from scratch)"
     cli.add_training_flags(p, None, rates)
     cli.add_common_flags(p)
     return p.parse_args()
@@ -110,7 +105,6 @@ def main():
     args = parse_arguments()
     recipe = cli.recipe(ViewRecipe().changed, args.view_recipe, "--view-recipe")
     check_models(args.model, args.weights, args.steps)
-    check_frozen(args)
     distributed.check_batch(args.batch_size)
     homes = [Path(args.output) / name for name in args.model]
 
@@ -179,15 +173,6 @@ def check_models(names, weights, steps):
     for file in weights or []:
         if not Path(file).is_file():
             raise UserError(f"--weights {file}: no such file")
-
-
-def check_frozen(args):
-    """Refuse --frozen of a model that is not trained here, or that has no weights to keep."""
-    for name in args.frozen:
-        if name not in args.model:
-            raise UserError(f"--frozen {name}: not among --model {' '.join(args.model)}")
-    if args.frozen and not models.starts_warm(vars(args)):
-        raise UserError("--frozen: needs weights to keep; add --pretrained or --weights")
 
 
 def check_name(name):
@@ -299,11 +284,7 @@ def size_lines(sizes, view_size):
 
 
 def create(number, dataset, img_size, args):
-    """(model, parameter groups); a pretrained backbone learns more slowly than its new head.
-
-    A frozen one learns nothing by heart, and may be the better lesson though it is less accurate
-    (Marrie et al. 2024, arXiv 2402.11305).
-    """
+    """(model, parameter groups); a pretrained backbone learns more slowly than its new head."""
     torch.manual_seed(args.seed)
     model = models.create_teacher(
         args.model[number],
@@ -312,12 +293,7 @@ def create(number, dataset, img_size, args):
         args.pretrained,
         args.weights[number] if args.weights else None,
     )
-    frozen = args.model[number] in args.frozen
-    if frozen:
-        model.requires_grad_(False)
-        for head in models.heads(model.backbone):
-            head.requires_grad_(True)
-    if frozen or not models.starts_warm(vars(args)):
+    if not models.starts_warm(vars(args)):
         return model, parameter_groups(model, args.weight_decay)
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)
@@ -330,8 +306,6 @@ def plan(number, model, pictures, dataset, args):
     steps = default_steps(pictures, args.batch_size, *length)
     if folders.is_embedded(dataset["dir"]) and not warm:
         steps, lr = EMBEDDED_STEPS.get(name, steps), EMBEDDED_LR
-    if name in args.frozen:
-        steps, lr = FROZEN_STEPS, FROZEN_LR
     if args.steps:
         steps = args.steps[number % len(args.steps)]
     return training.Schedule(steps, args.lr or lr, args.clip_grad, args.seed)

@@ -94,15 +94,6 @@ def batch_of_step(step, count, batch_size, seed):
     return np.array(indices), passes
 
 
-def set_training(model):
-    """Training mode, but for layers whose weights are all frozen: their statistics stay as well."""
-    model.train()
-    for layer in model.modules():
-        weights = list(layer.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            layer.eval()
-
-
 class Run:
     """One training run: everything that changes with a step, and the files it leaves.
 
@@ -211,7 +202,7 @@ class Run:
         """Seed what is random in the model, as after a resume."""
         seed = self.schedule.seed * 1_000_003 + self.steps_done
         torch.manual_seed(seed + (distributed.rank() << 53))
-        set_training(self.model)
+        self.model.train()
         self.losses = []
 
     def step(self, loss):

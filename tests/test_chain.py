@@ -237,7 +237,6 @@ def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
     assert plan("coatnet_nano_rw_224") == (235, 3e-3) and plan("resnet10t") == (500, 3e-3)
     assert plan("test_resnet", "--pretrained") == (1200, 1e-3)
     assert plan("test_vit", "--pretrained") == (480, 1e-3)
-    assert plan("test_vit", "--pretrained", "--frozen", "test_vit") == (500, 3e-3)
     assert plan("test_vit", "--steps", "7", "--lr", "0.1") == (7, 0.1)
 
 
@@ -255,23 +254,6 @@ def test_a_teacher_sees_its_labels_so_often_within_bounds(labels, batch, steps, 
 ])
 def test_of_few_pictures_many_views_are_stored(count, short, views):
     assert build_ensemble.default_views(count, short) == views
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])  # one has batch statistics
-def test_of_a_frozen_teacher_only_the_head_is_trained(inside, tmp_path, capfd, name):
-    network = timm.create_model(name, num_classes=3)
-    start, head = network.state_dict(), network.get_classifier().state_dict()
-    torch.save(start, tmp_path / "w.pth")
-    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", name, "--frozen",
-             name, "--steps", 3, "--output", tmp_path, *CPU)
-    assert call(train_teacher.main, *words) == 2
-    assert "--frozen: needs weights" in capfd.readouterr().err
-    assert call(train_teacher.main, *words, "--weights", tmp_path / "w.pth") == 0
-    trained = load_checkpoint(tmp_path / name / "model.pt")["state_dict"]
-    moved = {key for key in start if key != "pos_embed"  # is resized to the pictures
-             and not torch.equal(trained[f"backbone.{key}"], start[key])}
-    slot = {"test_vit": "head", "test_resnet": "fc"}[name]
-    assert moved == {f"{slot}.{key}" for key in head}
 
 
 def test_a_student_starts_from_a_weight_file_of_either_kind_without_its_head(tmp_path):

@@ -58,9 +58,7 @@ class Row:
     teachers: tuple = TAUGHT
 
 
-FROZEN = (TEACHERS[0], 500, "--frozen", TEACHERS[0])
 SHORT_CNN = TEACHERS[1], 500  # a quarter as long
-HALF_FROZEN = FROZEN, SHORT_CNN
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
@@ -73,14 +71,6 @@ ROWS = {
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "CNN of 500 steps": Row(teachers=(TAUGHT[0], SHORT_CNN)),
     "transformer of 200 steps, CNN of 500 steps": Row(teachers=((TEACHERS[0], 200), SHORT_CNN)),
-    "a frozen transformer beside them": Row(teachers=(FROZEN, *TAUGHT)),
-    "a frozen transformer in place of the tuned one": Row(teachers=(FROZEN, TAUGHT[1])),
-    "a frozen transformer, CNN of 500 steps": Row(teachers=HALF_FROZEN),
-    "a frozen transformer, CNN of 1000 steps": Row(teachers=(FROZEN, (TEACHERS[1], 1000))),
-    "a frozen transformer, CNN of 500 steps, 8 views": Row(("--views", 8), teachers=HALF_FROZEN),
-    "a frozen transformer, crops down to 0.6": Row(
-        ("--view-recipe", "zoom_min=0.6"), teachers=(FROZEN, TAUGHT[1])
-    ),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
