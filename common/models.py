@@ -52,9 +52,9 @@ class Classifier(nn.Module):
         return self.backbone(self.normalise(pixels))
 
 
-def starts_warm(args):
-    """Whether a training's flags, a dict, name weights to start from."""
-    return bool(args.get("weights") or args.get("pretrained"))
+def starts_warm(flags):
+    """Whether the flags of a training, a dict, name weights to start from."""
+    return bool(flags.get("weights") or flags.get("pretrained"))
 
 
 def create_teacher(name, classes, img_size, pretrained=False, weights=None):
