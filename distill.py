@@ -251,8 +251,9 @@ def warn_of_repeats(cache, val, dataset, metadata):
     goal = metadata["operating_point"]["goal"]
     good = numbers_of(metadata["good_classes"], metadata["classes"])
     rows = np.flatnonzero(np.isin(val.labels, good) == (goal == "false_alarm"))
-    parts = validation.groups_of(validation.below(val.take(rows)), dataset["group_regex"])
-    (detailed,) = splits.in_detail(cache, dataset, val.take(rows))
+    counted = val.take(rows)
+    parts = validation.groups_of(validation.below(counted), dataset["group_regex"])
+    (detailed,) = splits.in_detail(cache, dataset, counted)
     pairs = validation.compare(cache.home, detailed, np.arange(len(rows)))
     told_apart, all_parts = len(set(validation.joined(parts, pairs))), len(set(parts))
     if told_apart < all_parts:

@@ -221,13 +221,13 @@ def pictures_below(folder, left_out, above=None, tolerant=False):
         except OSError:  # a link to itself
             continue
         kind = left_out_as(entry.name, is_folder)
-        if kind:
-            left_out[kind] += 1
-        elif kind is None and not (is_file or is_folder):
-            left_out["link to nothing" if entry.is_symlink() else "device or pipe"] += 1
-        elif kind is None and is_file:
+        if kind is not None:
+            left_out.update([kind] if kind else [])
+        elif is_file:
             yield entry
-        elif kind is None and is_folder and (real := os.path.realpath(entry)) not in above:
+        elif not is_folder:
+            left_out["link to nothing" if entry.is_symlink() else "device or pipe"] += 1
+        elif (real := os.path.realpath(entry)) not in above:
             try:
                 yield from pictures_below(entry.path, left_out, above | {real}, tolerant)
             except OSError as error:

@@ -132,7 +132,16 @@ def test_paths_that_differ_in_anything_get_heatmaps_of_their_own(edge, tiny, tmp
     judge = infer.Judge(student, metadata, (0, 1), here / "maps")
     paths = [tmp_path / "a.png", Path(inside.relative_to(here), "a.png"), Path("../a.png"),
              Path("up/a.png")]
-    assert len({judge(path)["heatmap"] for path in paths}) == 4
+    maps = {judge(path)["heatmap"] for path in paths}
+    assert len(maps) == 4
+    Image.open(source).transpose(Image.ROTATE_180).save(tmp_path / "a.png")
+    assert judge(tmp_path / "a.png")["heatmap"] not in maps  # a camera uses its name again
+
+
+def test_a_link_to_nothing_is_counted(tmp_path, capsys):
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert not list(infer.list_pictures([str(tmp_path)]))
+    assert "1 link to nothing" in capsys.readouterr().err
 
 
 def test_pictures_of_cameras_of_any_shape_go_through_infer(edge, tmp_path):

@@ -144,8 +144,10 @@ def test_the_curve_of_reliability_holds_every_decision_and_no_empty_bin():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet([1, 1, 1], 500)
     labels = rng.integers(0, 3, 500)
-    confidence, _, share = reliability(probabilities, labels)
+    confidence, accuracy, share = reliability(probabilities, labels)
     assert share.sum() == pytest.approx(1)
+    error = (share * np.abs(accuracy - confidence)).sum()
+    assert error == pytest.approx(ece(probabilities, labels))
     assert len(confidence) == 10  # of 15 bins those above 1/3
 
 
