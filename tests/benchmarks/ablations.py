@@ -59,6 +59,7 @@ class Row:
 
 
 SHORT_CNN = TEACHERS[1], 500  # a quarter as long
+DEFAULT = (TEACHERS[0], 200), SHORT_CNN  # what train_teacher.py gives few labels
 ROWS = {
     "crops down to 0.8 of the side": Row(("--view-recipe", "zoom_min=0.8")),
     "crops down to 0.6 of the side": Row(("--view-recipe", "zoom_min=0.6")),
@@ -70,7 +71,9 @@ ROWS = {
     "transformer teacher alone": Row(teachers=TAUGHT[:1]),
     "CNN teacher alone": Row(teachers=TAUGHT[1:]),
     "CNN of 500 steps": Row(teachers=(TAUGHT[0], SHORT_CNN)),
-    "transformer of 200 steps, CNN of 500 steps": Row(teachers=((TEACHERS[0], 200), SHORT_CNN)),
+    "transformer of 200 steps, CNN of 500 steps": Row(teachers=DEFAULT),
+    "the same, student of 8000 steps": Row(steps=4, teachers=DEFAULT),
+    "stand-alone, 8000 steps": Row(student=("--alpha", 0), steps=4, teachers=DEFAULT),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
