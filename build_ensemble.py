@@ -6,8 +6,7 @@
 
 Reads   teachers' model.pt, and the pictures they were trained on
 Writes  runs/ensemble/ensemble.json   teachers, classes, data, views, temperatures, weights
-        runs/ensemble/view_VVV.npy    raw logits [teachers, pictures, classes]; view 0 is the plain
-                                      picture
+        runs/ensemble/view_VVV.npy    raw logits [teachers, pictures, classes] of views 1, 2, ...
 Next    distill.py
 
 An interrupted build goes on where it stopped. Costs one forward pass per teacher, picture and view.
@@ -48,7 +47,7 @@ def parse_arguments():
     p.add_argument("checkpoint", nargs="*",
                    help="teachers' model.pt (default: every teacher in runs/*/model.pt)")
     p.add_argument("--views", type=cli.positive_int,
-                   help="augmented views to store, beside the plain one (default: as many as make "
+                   help="augmented views of each picture to store (default: as many as make "
                    f"{PICTURE_VIEWS} picture-views, {SHORT_VIEWS} for the embedded set from "
                    f"scratch, at least {FEWEST} and at most {MOST})")
     p.add_argument("--unlabelled", metavar="DIR",
@@ -137,22 +136,22 @@ def build(args):
     views = args.views or default_views(len(pictures), short)
     absent = torch.zeros(1 + views)  # of processes but the first it stays zero
     if distributed.rank() == 0:
-        absent[missing_views(folder, 1 + views)] = 1
+        absent[missing_views(folder, views)] = 1
     missing = distributed.mean(absent).nonzero().flatten().tolist()
-    print(f"{len(pictures)} pictures, {1 + views} views, {len(missing)} of them to be computed")
+    print(f"{len(pictures)} pictures, {views} views, {len(missing)} of them to be computed")
     store_views(missing, teachers, pictures, recipe, spec, args)
     cli.lap("teachers")
     if distributed.rank() == 0:
         rest = {"label_errors": label_errors, "versions": versions(), "views": views}
         save_json({**spec, **mixture, **rest}, folder / "ensemble.json")
-        print(f"{folder}: {1 + views} views of {len(pictures)} pictures, {len(teachers)} teachers")
+        print(f"{folder}: {views} views of {len(pictures)} pictures, {len(teachers)} teachers")
 
 
 # --------------------------------------------------------------------------- teachers and pictures
 
 
 def default_views(count, short=False):
-    """How many views of `count` pictures to store beside the plain one; short: for few steps."""
+    """How many views of `count` pictures to store; short: for a student of few steps."""
     wanted = SHORT_VIEWS if short else PICTURE_VIEWS
     return min(MOST, max(FEWEST, wanted // count))
 
@@ -319,7 +318,7 @@ def check(args):
 
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.output)
     rng = np.random.default_rng(args.seed)
-    picks = rng.integers(0, [1 + cached.views, len(pictures)], (args.check, 2))
+    picks = rng.integers([1, 0], [1 + cached.views, len(pictures)], (args.check, 2))
     worst, largest = 0.0, 0.0
     for part in in_batches(picks, args.batch_size):
         views, indices = part.T

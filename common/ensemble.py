@@ -29,9 +29,9 @@ def write_view(folder, view, logits):
 
 
 def missing_views(folder, views):
-    """The numbers below `views` of those not stored yet, or damaged, which a line says."""
+    """The numbers from 1 to `views` of those not stored yet, or damaged, which a line says."""
     missing = []
-    for view in range(views):
+    for view in range(1, 1 + views):
         file = view_file(folder, view)
         try:
             files.check_checksum(file)
@@ -112,8 +112,8 @@ class CachedLogits:
         Raises UserError when a view's file is missing or its bytes are not the ones written.
         """
         self.temperatures, self.weights = spec["temperatures"], spec["weights"]
-        self.views, self.logits = spec["views"], []
-        for view in range(1 + self.views):
+        self.views, self.logits = spec["views"], {}
+        for view in range(1, 1 + self.views):
             file = view_file(folder, view)
             try:
                 files.check_checksum(file)
@@ -121,10 +121,10 @@ class CachedLogits:
                 raise UserError(
                     f"{error}: build_ensemble.py, called again, computes it anew"
                 ) from None
-            self.logits.append(np.load(file, mmap_mode="r"))
+            self.logits[view] = np.load(file, mmap_mode="r")
 
     def of(self, views, indices):
-        """Raw logits float32 [teachers, B, classes] of picture indices[b] in view views[b]."""
+        """Raw logits float32 [teachers, B, classes] of picture indices[b] in view views[b] >= 1."""
         columns = [self.logits[view][:, i] for view, i in zip(views, indices)]
         return np.stack(columns, axis=1).astype(np.float32, copy=False)
 

@@ -292,7 +292,7 @@ def test_a_student_starts_from_timms_resnet18_too(tmp_path, monkeypatch):
 def test_soft_targets_are_the_product_of_experts_of_the_stored_logits(tiny):
     spec = load_ensemble(tiny.runs / "ensemble")
     cached = CachedLogits(tiny.runs / "ensemble", spec)
-    assert cached.views == 3 and cached.logits[0].shape == (2, 105, 3)
+    assert cached.views == 3 and cached.logits[1].shape == (2, 105, 3)
     q = cached.targets([2, 1], [7, 100], 3.0)
     for row, view, index in ((0, 2, 7), (1, 1, 100)):
         z = np.load(tiny.runs / "ensemble" / f"view_{view:03d}.npy")[:, index].astype(np.float64)
@@ -314,7 +314,7 @@ def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
     process.kill()
     process.wait()
     done = {file.name: file.stat().st_mtime_ns for file in killed.glob("view_*.npy")}
-    assert 4 <= len(done) < 21
+    assert 3 <= len(done) < 20
     assert call(distill.main, killed, "--output", tmp_path / "s", *CPU) == 2  # unfinished
     assert call(build_ensemble.main, *words, killed) == 0
     assert call(build_ensemble.main, *words, whole) == 0
@@ -335,7 +335,7 @@ def test_check_recomputes_stored_logits_and_refuses_wrong_ones(
     words = ("--check", 60, "-b", 7, "--output", tmp_path / "e", *CPU)
     assert call(build_ensemble.main, *words) == 0
     assert "60 stored picture-views recomputed" in capfd.readouterr().out
-    for view in range(4):
+    for view in range(1, 4):
         logits = np.load(view_file(tmp_path / "e", view)) + np.float32(wrong)
         write_view(tmp_path / "e", view, logits)
     assert call(build_ensemble.main, *words) == 2
@@ -348,9 +348,8 @@ def test_the_ensemble_can_be_asked_for_other_views_than_the_teachers_saw(inside,
     assert call(build_ensemble.main, *words) == 0
     recipe, before = (load_ensemble(folder)["view_recipe"] for folder in (wide, usual))
     assert recipe == {**before, "zoom_min": 0.5} and recipe != before
-    plain, view = ([np.load(f / f"view_00{v}.npy") for f in (wide, usual)] for v in (0, 1))
-    assert np.array_equal(*plain)
-    assert np.abs(view[0] - view[1]).max() > 0.1
+    a, b = (np.load(folder / "view_001.npy") for folder in (wide, usual))
+    assert np.abs(a - b).max() > 0.1
 
 
 def test_a_teacher_that_was_trained_on_other_views_is_named(inside, tmp_path, capfd):

@@ -40,9 +40,8 @@ def random_pictures(folder, count, side, rng):
 
 
 def random_logits(folder, teachers, count, rng):
-    """`CachedLogits` of noise: the plain view and an augmented one."""
-    for view in (0, 1):
-        write_view(folder, view, rng.normal(size=(teachers, count, CLASSES)).astype(np.float32))
+    """`CachedLogits` of noise, of one view."""
+    write_view(folder, 1, rng.normal(size=(teachers, count, CLASSES)).astype(np.float32))
     return CachedLogits(folder, {
         "temperatures": [1.0] * teachers,
         "weights": [1 / teachers] * teachers,

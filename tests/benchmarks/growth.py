@@ -11,10 +11,10 @@ as many steps as make one pass over the pictures, and the parts of a script are 
 itself. All pictures of a class look alike but in their grain, so that the audit compares nearly
 every later picture in detail: its dearest case.
 
-Bytes on disk, for views of side S, T teachers, V stored views beside the plain one, K classes:
+Bytes on disk, for views of side S, T teachers, V stored views, K classes:
 
     runs/decoded     3 S^2 a picture, and about 200 for its path, hash and size in index.json
-    runs/ensemble    4 T K (V + 1) a training or unlabelled picture
+    runs/ensemble    4 T K V a training or unlabelled picture
     runs/report      about 80 + 9 K a model and test picture in predictions.csv
     runs/decoded/audit-*.json, metrics.json   about 400 for each copy or near-duplicate
 
