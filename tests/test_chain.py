@@ -2,6 +2,8 @@
 
 import csv
 import json
+import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import build_ensemble
 import distill
 import evaluate
 import train_teacher
-from common import models, splits, training
+from common import cli, models, splits, training
 from common.ensemble import CachedLogits, load_ensemble, view_file, write_view
 from common.files import UserError
 from common.models import load_checkpoint
@@ -147,6 +149,20 @@ def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
     assert "the loss of step 2 is not finite (learning rate 5." in error
     assert "lower --lr" in error
     assert not (tmp_path / "test_resnet" / "model.pt").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept_for_the_next_step():
+    cli.pick_device("cpu")
+
+    def use():
+        for _ in range(10):
+            torch.ones(2**24)  # 64 MB, 16384 pages
+
+    use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
