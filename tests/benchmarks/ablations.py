@@ -73,7 +73,6 @@ ROWS = {
     "CNN of 500 steps": Row(teachers=(TAUGHT[0], SHORT_CNN)),
     "transformer of 200 steps, CNN of 500 steps": Row(teachers=DEFAULT),
     "transformer of 200, CNN of 500, student of 8000 steps": Row(steps=4, teachers=DEFAULT),
-    "stand-alone, 8000 steps": Row(student=("--alpha", 0), steps=4, teachers=DEFAULT),
 }
 OF_CURVES = {"distilled": "base", "alone": "stand-alone"}  # students of curves.csv that are rows
 FIELDS = (
