@@ -38,7 +38,7 @@ from common import (
 )
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
-from common.losses import class_weights, labelled_cross_entropy, soft_divergence
+from common.losses import labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates, good_classes, numbers_of
 from common.views import ViewRecipe, render
 
@@ -140,9 +140,6 @@ def distil(output, onnx, args):
     with distributed.first_then_others():
         model, groups = create(dataset, args)
     model.to(device, memory_format=torch.channels_last)
-    weights = None
-    if args.balance_classes:
-        weights = class_weights(labelled.labels, len(dataset["classes"])).to(device)
 
     # The run.
     short = folders.is_embedded(dataset["dir"]) and not models.starts_warm(vars(args))
@@ -164,14 +161,15 @@ def distil(output, onnx, args):
 
     alpha, T = args.alpha, args.temperature
     stored_views = cache.views if cache else None
-    for indices, views, batch in run.batches(pictures, args.batch_size, stored_views):
+    order = pictures, args.batch_size, args.balance_classes
+    for indices, views, batch in run.batches(*order, stored_views):
         pixels = render(batch, indices, views, spec["seed"], recipe)
         labels = pictures.labels[indices].to(device, non_blocking=True)
 
         with models.autocast(device):
             logits = run.network(pixels)
         logits = logits.float()
-        loss = labelled_cross_entropy(logits, labels, weights)
+        loss = labelled_cross_entropy(logits, labels)
         if cache:
             q = cache.targets(views, indices, T)  # of these very pixels
             q = q.to(device, non_blocking=True)

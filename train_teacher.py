@@ -28,7 +28,6 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from common import cli, distributed, folders, models, splits, training, validation
 from common.files import UserError, px
-from common.losses import class_weights
 from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS
@@ -319,22 +318,13 @@ def default_steps(pictures, batch_size, passes, fewest, most):
 
 def fit(run, train, val, recipe, args):
     """Train one teacher: cross-entropy with label smoothing on fresh views in every pass."""
-    device, classes = run.device, len(run.header["classes"])
-    weight_of = torch.ones(classes, device=device)
-    if args.balance_classes:
-        weight_of = class_weights(train.labels, classes).to(device)
-
-    for indices, views, batch in run.batches(train, args.batch_size):
+    device = run.device
+    for indices, views, batch in run.batches(train, args.batch_size, args.balance_classes):
         pixels = render(batch, indices, views, args.seed, recipe)
         labels = train.labels[indices].to(device, non_blocking=True)
         with models.autocast(device):
             logits = run.network(pixels)
-
-        # Class weights stand outside: inside, torch would apply them to the smoothed share too.
-        each = F.cross_entropy(
-            logits.float(), labels, label_smoothing=LABEL_SMOOTHING, reduction="none"
-        )
-        run.step((weight_of[labels] * each).mean())
+        run.step(F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING))
         if run.due:
             run.validate(val)
 

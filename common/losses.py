@@ -40,25 +40,14 @@ def soft_divergence(q, logits):
     return F.kl_div(F.log_softmax(logits, dim=1), q, reduction="batchmean")
 
 
-def labelled_cross_entropy(logits, labels, weights=None):
+def labelled_cross_entropy(logits, labels):
     """Mean cross-entropy over the pictures that have a label; a scalar, 0 when none has one.
 
-    logits: float [B, K]; labels: int64 [B], -1 for none; weights: of the classes, float [K].
+    logits: float [B, K]; labels: int64 [B], -1 for none.
     """
-    summed = F.cross_entropy(logits, labels, weights, ignore_index=UNLABELLED, reduction="sum")
+    summed = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
     labelled = (labels != UNLABELLED).sum().clamp(min=1)
     return summed / labelled
-
-
-def class_weights(labels, classes):
-    """w_c = N / (K N_c): all classes weigh alike, and pictures 1 on average.
-
-    labels: int64 [N] of K classes. Returns float32 [K].
-    """
-    return len(labels) / (classes * torch.bincount(labels, minlength=classes))
-
-
-# ------------------------------------------------------------- fitted on validation pictures
 
 
 def fit_temperature(logits, labels):

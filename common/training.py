@@ -76,22 +76,46 @@ def refuse_epochs(epochs, pictures, batch_size):
         raise UserError(f"--epochs: the length of a run is counted in steps; use --steps {steps}")
 
 
-@lru_cache(maxsize=8)
-def order_of_pass(count, number, seed):
-    """In which order a pass goes over the pictures: a permutation of range(count)."""
-    return np.random.default_rng([seed, number]).permutation(count)
+class Order:
+    """Which pictures a step is trained on: an endless row of passes over them.
 
-
-def batch_of_step(step, count, batch_size, seed):
-    """Which pictures a step is trained on: (indices, passes), two int64 arrays [batch_size].
-
-    Step s takes places s * batch_size and following of an endless row of passes over `count`
-    pictures. So batches are always full, and a resumed run needs no stored state.
+    Batches are always full, and any of them can be had at once, so a resumed run needs no stored
+    state. Balanced, it is a row of passes over the classes, each of which has a row of its own, so
+    that all are seen as often; pictures without a label keep their share.
     """
-    stream = np.arange(step * batch_size, (step + 1) * batch_size)
-    passes, places = np.divmod(stream, count)
-    indices = [order_of_pass(count, number, seed)[i] for number, i in zip(passes.tolist(), places)]
-    return np.array(indices), passes
+
+    def __init__(self, labels, seed, balanced=False):
+        """labels: int64 tensor [N], -1 for none."""
+        labels, self.seed, self.count = labels.numpy(), seed, len(labels)
+        self.classes, self.labelled, self.rest = [], 0, np.arange(self.count)
+        if balanced:
+            self.classes = [np.flatnonzero(labels == k) for k in np.unique(labels[labels >= 0])]
+            self.labelled, self.rest = sum(map(len, self.classes)), np.flatnonzero(labels < 0)
+
+    def batch(self, step, batch_size):
+        """(indices, passes), int64 arrays [batch_size]; passes: turns the picture had before."""
+        drawn = [self.at(step * batch_size + i) for i in range(batch_size)]
+        indices, passes = zip(*drawn)
+        return np.array(indices), np.array(passes)
+
+    def at(self, place):
+        """(index, pass) of the picture at one place of the row."""
+        before = place * self.labelled // self.count  # labelled places before this one
+        if (place + 1) * self.labelled // self.count == before:
+            return self.draw(self.rest, place - before)
+        members, turn = self.draw(self.classes, before)
+        return self.draw(members, turn)
+
+    def draw(self, members, place):
+        """(member, pass) at one place of an endless row of passes over `members`."""
+        number, i = divmod(place, len(members))
+        return members[order_of_pass(len(members), number, self.seed)[i]], number
+
+
+@lru_cache(maxsize=32)
+def order_of_pass(count, number, seed):
+    """In which order a pass goes over so many pictures: a permutation of range(count)."""
+    return np.random.default_rng([seed, number]).permutation(count)
 
 
 class Run:
@@ -169,18 +193,18 @@ class Run:
         if distributed.rank() == 0:  # a kill may have come right after last.pt
             self.write_rest(state)
 
-    def batches(self, pictures, batch_size, stored_views=None):
+    def batches(self, pictures, batch_size, balanced, stored_views=None):
         """Yield (indices, views, batch) of the steps that are left, the next batch read meanwhile.
 
         indices, views: int64 arrays [B], this process's share of batch_size; batch: uint8
-        [B, S, S, 3] on the device. stored_views: number of views to go through again and again,
-        None for a new one in every pass.
+        [B, S, S, 3] on the device. balanced: see `Order`; stored_views: number of views to go
+        through again and again, None for a new one in every pass.
         """
         s, first = self.schedule, self.steps_done
+        order = Order(pictures.labels, s.seed, balanced)
 
         def read(step):
-            indices, passes = batch_of_step(step, len(pictures), batch_size, s.seed)
-            indices, passes = distributed.share(indices), distributed.share(passes)
+            indices, passes = map(distributed.share, order.batch(step, batch_size))
             views = 1 + (passes % stored_views if stored_views else passes)
             return indices, views, pictures.batch(indices, self.device)
 

@@ -25,7 +25,7 @@ from common.ensemble import CachedLogits, load_ensemble, view_file, write_view
 from common.files import UserError
 from common.models import load_checkpoint
 from common.pictures import DecodedCache
-from common.training import batch_of_step
+from common.training import Order
 from common.views import ViewRecipe, render
 
 TRAIN = ("--data-dir", "parts", "--view-size", VIEW_SIZE)
@@ -62,7 +62,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export,
     torch.manual_seed(5)
     student = models.create_student(3, SIZE).train()
     student.to(memory_format=torch.channels_last)
-    indices, _ = batch_of_step(0, len(pictures), 105, 5)
+    indices, _ = Order(pictures.labels, 5).batch(0, 105)
     views = np.ones(105, int)
     recipe = ViewRecipe.from_dict(ensemble["view_recipe"])
     with torch.no_grad(), models.autocast(torch.device("cpu")):

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from common.losses import (
-    class_weights,
     fit_temperature,
     fit_weights,
     labelled_cross_entropy,
@@ -53,14 +52,6 @@ def test_with_all_labels_it_is_torchs_cross_entropy_bit_for_bit():
     ours, plain = labelled_cross_entropy(s, y), F.cross_entropy(s, y)
     assert torch.equal(ours, plain)
     assert torch.equal(torch.autograd.grad(ours, s)[0], torch.autograd.grad(plain, s)[0])
-
-
-def test_balanced_classes_weigh_alike_and_unlabelled_pictures_do_not_count():
-    weights = class_weights(torch.tensor([0, 0, 0, 1]), 2)
-    assert weights.tolist() == pytest.approx([4 / 6, 2.0])
-    s = torch.tensor([[LN3, 0.0]]).expand(5, 2)  # CE is ln 4/3 for class 0, ln 4 for class 1
-    loss = labelled_cross_entropy(s, torch.tensor([0, 0, 0, 1, -1]), weights)
-    assert float(loss) == pytest.approx((3 * 4 / 6 * math.log(4 / 3) + 2 * math.log(4)) / 4)
 
 
 def test_the_ensemble_adds_weighted_logits_over_temperatures():

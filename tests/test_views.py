@@ -7,7 +7,7 @@ from conftest import CPU, VIEW_SIZE, call
 import build_ensemble
 import distill
 import train_teacher
-from common.training import batch_of_step
+from common.training import Order
 from common.views import ViewRecipe, mix, render, uniform, warp
 
 RECIPE = ViewRecipe()
@@ -119,11 +119,31 @@ def test_contrast_turns_about_the_mean_and_brightness_shifts_it():
 
 
 def test_each_pass_visits_every_picture_once():
-    plan = [batch_of_step(step, 10, 4, 3) for step in range(10)]
+    order = Order(torch.zeros(10, dtype=torch.int64), 3)
+    plan = [order.batch(step, 4) for step in range(10)]
     indices, passes = np.concatenate([i for i, _ in plan]), np.concatenate([p for _, p in plan])
     assert all(len(i) == 4 for i, _ in plan)
     for number in range(4):
         assert sorted(indices[passes == number]) == list(range(10))
+
+
+def test_balanced_classes_are_seen_alike_and_a_pool_keeps_its_share():
+    labels = torch.tensor([0] * 12 + [1] * 3 + [-1] * 5)
+    indices, passes = Order(labels, 3, balanced=True).batch(0, 80)  # 4 times 20 places
+    seen = labels[indices].numpy()
+    assert [(seen == k).sum() for k in (-1, 0, 1)] == [20, 30, 30]
+    # Each class is gone through pass after pass: 30 places are 10 passes over 3 pictures.
+    assert sorted(zip(passes[seen == 1], indices[seen == 1])) == [
+        (number, i) for number in range(10) for i in (12, 13, 14)
+    ]
+    for number in range(2):
+        assert sorted(indices[(seen == 0) & (passes == number)]) == list(range(12))
+
+
+def test_each_of_two_processes_sees_both_balanced_classes():
+    labels = torch.tensor([0] * 12 + [1] * 3)
+    indices, _ = Order(labels, 3, balanced=True).batch(0, 48)
+    assert set(labels[indices[::2]].tolist()) == {0, 1} == set(labels[indices[1::2]].tolist())
 
 
 def recorder(seen):

@@ -45,9 +45,8 @@ from timm.task import LogitDistillationTask
 
 from common import cli, metrics, models, splits
 from common.files import load_json
-from common.losses import class_weights
 from common.pictures import DecodedCache
-from common.training import batch_of_step
+from common.training import Order
 from common.views import ViewRecipe, render
 
 BATCH, TRIAL = 24, 20
@@ -76,7 +75,7 @@ class AtItsSize(torch.nn.Module):
 def timm_online(path, weights, seconds, seed, balanced):
     """(scores, seconds) of a ResNet18 distilled online from the teacher at `path`.
 
-    balanced: weigh the classes as --balance-classes does.
+    balanced: draw as many of each class, as --balance-classes does.
     """
     classifier, state = models.load_model(path, CPU)
     cache, recipe = DecodedCache(cli.CACHE), ViewRecipe.from_dict(state["view_recipe"])
@@ -87,16 +86,16 @@ def timm_online(path, weights, seconds, seed, balanced):
     body = {name: value for name, value in ours.backbone.state_dict().items() if "fc." not in name}
     network.load_state_dict(body, strict=False)
     network = network.to(memory_format=torch.channels_last)
-    own = class_weights(train.labels, len(dataset["classes"])) if balanced else None
+    order = Order(train.labels, seed, balanced)
     task = LogitDistillationTask(
-        network, AtItsSize(classifier), torch.nn.CrossEntropyLoss(own), distill_loss_weight=ALPHA,
+        network, AtItsSize(classifier), torch.nn.CrossEntropyLoss(), distill_loss_weight=ALPHA,
         task_loss_weight=1 - ALPHA, temperature=T, device=CPU, verbose=False,
     )
     optimizer = create_optimizer_v2(network, "adamw", lr=1e-3, weight_decay=0.05)
 
     began, step, steps, scheduler = time.perf_counter(), 0, TRIAL, None
     while step < steps:
-        indices, passes = batch_of_step(step, len(train), BATCH, seed)
+        indices, passes = order.batch(step, BATCH)
         pixels = render(train.batch(indices), indices, 1 + passes, seed, recipe)
         network.train()
         with models.autocast(CPU):
