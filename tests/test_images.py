@@ -178,6 +178,13 @@ def test_views_say_what_they_lose_and_whom_they_squeeze():
     assert "640 x 260 px (median) are not reduced" in whole
 
 
+def test_a_class_with_few_pictures_is_named_with_what_helps():
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)
+    (line,) = train_teacher.rare_lines(labels, ["good", "hole", "rust"])
+    assert line.startswith("of rust there are 10 training pictures, of good 40; --balance-classes")
+    assert not list(train_teacher.rare_lines(labels[:-10], ["good", "hole"]))
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"[" * 100_000])
 def test_a_foreign_index_makes_the_cache_again(tmp_path, cache, content):
     root = make_set(tmp_path / "s", {"train": 3}) / "train"

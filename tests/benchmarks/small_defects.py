@@ -49,12 +49,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """What one row changes. sampled: pictures of rare classes stand in train/ several times."""
+    """What one row changes."""
 
     size: str = "2x"
     recipe: tuple = ()
     flags: tuple = ()
-    sampled: bool = False
     gone: bool = False  # the CSV's column `code` names a commit that has its code
 
 
@@ -78,8 +77,7 @@ ROWS = {
     "generalised mean": Row(gone=True),
     "turned by up to 180 degrees": Row(recipe=("rotate=180",)),
     "turned by up to 12 degrees": Row(recipe=("rotate=12",)),
-    "classes weighted": Row(flags=("--balance-classes",)),
-    "classes sampled evenly": Row(sampled=True),
+    "classes balanced": Row(flags=("--balance-classes",)),
 }
 TIMES = {"square": 1, "1x": 1, "2x": 2, "4x": 4}
 FIELDS = (
@@ -91,9 +89,9 @@ FIELDS = (
 # ------------------------------------------------------------------------------------ pictures
 
 
-def development_folder(name, seed, sampled, args):
+def development_folder(name, seed, args):
     """train/ and val/ of a seed, val/ being a third of the training pictures, by parts."""
-    folder = Path(args.output) / name / f"seed_{seed}" / ("sampled" if sampled else "pictures")
+    folder = Path(args.output) / name / f"seed_{seed}" / "pictures"
     if (folder / "done").is_file():
         return folder
     rng, part = np.random.default_rng(seed), TASKS[name].part
@@ -105,14 +103,9 @@ def development_folder(name, seed, sampled, args):
         held = {file for file, its_part in part_of.items() if its_part in chosen}
     else:
         held = {file for each in files.values() for file in rng.permutation(each)[::3]}
-    kept = {label: [file for file in each if file not in held] for label, each in files.items()}
-    most = max(map(len, kept.values()))
-    for label, each in kept.items():
-        for file in held.intersection(files[label]):
-            link(file, folder / "val" / label / file.name)
-        for number in range(most if sampled else len(each)):
-            again, row = divmod(number, len(each))
-            link(each[row], folder / "train" / label / f"{again}_{each[row].name}")
+    for label, each in files.items():
+        for file in each:
+            link(file, folder / ("val" if file in held else "train") / label / file.name)
     (folder / "done").touch()
     return folder
 
@@ -125,14 +118,14 @@ def run(name, seed, network, row, args):
     task, change = TASKS[name], ROWS[row]
     size, steps = task.sizes[change.size], round(STEPS[network] / TIMES[change.size])
     recipe = [*task.recipe, *change.recipe]
-    flags = {*task.flags, *change.flags} - ({"--balance-classes"} if change.sampled else set())
+    flags = {*task.flags, *change.flags}
     what = "test" if args.test else "development"
     home = Path(args.output) / name / f"seed_{seed}"
     home /= re.sub(r"\W+", "_", f"{what} {network} {row}")
 
     pictures, group = Path(args.data) / name, ["--group-regex", task.part] if task.part else []
     if not args.test:
-        pictures, group = development_folder(name, seed, change.sampled, args), []
+        pictures, group = development_folder(name, seed, args), []
     rest = ["--seed", seed, "--overwrite"]
     teach = ["train_teacher.py", "--data-dir", pictures, *group, "--view-size", size, *rest]
     teach += ["--output", home, *(["--view-recipe", *recipe] if recipe else [])]
