@@ -117,7 +117,11 @@ def evaluated(path, pictures, home):
     report = home / "report_of_one"  # accuracy.py's stays
     call("evaluate.py", path, "--data-dir", pictures, "--skip-audit", "--output", report)
     (result,) = load_json(report / "metrics.json")["models"].values()
-    sets = list(result["sets"].values())
+    return mean_scores(list(result["sets"].values()))
+
+
+def mean_scores(sets):
+    """The means of some scores over test sets, and how many pictures these have."""
     columns = [name for name in ("accuracy", *COLUMNS) if name in sets[0]]
     means = {name: np.mean([each[name] for each in sets]) for name in columns}
     return {"n": sum(each["n"] for each in sets), **means}

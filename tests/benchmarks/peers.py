@@ -37,13 +37,13 @@ from bench import (
     values_of,
     with_std,
 )
-from curves import evaluated, student
+from curves import evaluated, mean_scores, student
 from sets import TASKS, TEACHERS, TRANSFORMER, add_sources, pictures_of
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import LogitDistillationTask
 
-from common import cli, metrics, models, splits
+from common import cli, folders, metrics, models, splits
 from common.files import load_json
 from common.pictures import DecodedCache
 from common.training import Order
@@ -112,10 +112,11 @@ def timm_online(path, weights, seconds, seed, balanced):
             scheduler = CosineLRScheduler(optimizer, steps, lr_min=1e-6, t_in_epochs=False)
     taken = time.perf_counter() - began
     ours.backbone = network.eval()
-    test = splits.open_tests(cache, [Path(dataset["dir"]) / "test"], dataset)["test"]
-    answers = torch.softmax(models.predict(ours, test, CPU), 1)
+    tests = splits.open_tests(cache, folders.test_folders(Path(dataset["dir"])), dataset)
     good = metrics.numbers_of(metrics.good_classes(dataset["classes"]), dataset["classes"])
-    return metrics.score(answers, test.labels, good), taken
+    answers = [(torch.softmax(models.predict(ours, test, CPU), 1), test.labels)
+               for test in tests.values()]
+    return mean_scores([metrics.score(*each, good) for each in answers]), taken
 
 
 # -------------------------------------------------------------------------------- LightlyTrain
@@ -127,9 +128,9 @@ def lightly(pictures, home, args, seconds, side):
     import lightly_train
 
     write_dinov2(args.weights / f"{TRANSFORMER}.safetensors", home / "lightly_models")
-    folders = [str(pictures / name) for name in ("train", "unlabelled")]
+    sources = [pictures / name for name in ("train", "unlabelled")]
     settings = {
-        "data": [folder for folder in folders if Path(folder).is_dir()],
+        "data": [str(folder) for folder in sources if folder.is_dir()],
         "method": "distillation",
         "method_args": {"teacher": "dinov2/vits14-noreg"},
         "batch_size": BATCH,
