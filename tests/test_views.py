@@ -7,6 +7,9 @@ from conftest import CPU, VIEW_SIZE, call
 import build_ensemble
 import distill
 import train_teacher
+from common import splits
+from common.ensemble import load_ensemble
+from common.pictures import DecodedCache
 from common.training import Order
 from common.views import ViewRecipe, mix, render, uniform, warp
 
@@ -189,3 +192,25 @@ def test_no_view_of_the_ensemble_is_one_that_a_teacher_was_trained_on(
     assert len(both) > 57
     for key in both:
         assert np.abs(asked[key] - trained[key]).max() > 1
+
+
+def test_balance_classes_draws_as_many_of_each_in_both_trainings(
+    inside, no_export, monkeypatch, tmp_path
+):
+    batches = []
+
+    def recording(pictures, indices, *rest):
+        batches.append(indices)
+        return render(pictures, indices, *rest)
+
+    monkeypatch.setattr(train_teacher, "render", recording)
+    monkeypatch.setattr(distill, "render", recording)
+    how = ("--steps", 4, "-b", 6, "--balance-classes", "--output", tmp_path / "run", *CPU)
+    what = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet")
+    assert call(train_teacher.main, *what, *how) == 0
+    assert call(distill.main, "--alpha", 0, *how) == 0
+    dataset = load_ensemble("runs/ensemble")["dataset"]
+    train, _, _ = splits.open_training(DecodedCache("runs/decoded"), dataset)
+    assert len(batches) == 8
+    for indices in batches:
+        assert train.labels[indices].bincount().tolist() == [2, 2, 2]
