@@ -139,7 +139,7 @@ def distil(output, onnx, args):
     # The student.
     with distributed.first_then_others():
         model, groups = create(dataset, args)
-    model.to(device, memory_format=torch.channels_last)
+    models.on_device(model, device)
 
     # The run.
     short = folders.is_embedded(dataset["dir"]) and not models.starts_warm(vars(args))

@@ -130,7 +130,7 @@ def main():
         for number, name in enumerate(args.model):
             with distributed.first_then_others():
                 model, groups = create(number, dataset, img_sizes[number], args)
-            model.to(device, memory_format=torch.channels_last)
+            models.on_device(model, device)
             schedule = plan(number, model, len(train), dataset, args)
             run = training.Run(model, groups, schedule, homes[number], {
                 "kind": "teacher",

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -23,6 +24,7 @@ from common.files import UserError, check_checksum, checksummed, first_line, px,
 SCHEMA = 7
 logging.getLogger("timm").setLevel(logging.ERROR)  # what does not load is told in one line here
 # Where a student may start: accuracy on ImageNet 69.8 and 71.5 %, as both projects state it.
+PLAIN_ATTENTION = 256**2  # px of the largest picture for it: memory grows with their square
 RESNET18 = {"torchvision": "resnet18-f37072fd.pth", "timm": "resnet18.a1_in1k"}
 
 
@@ -242,6 +244,29 @@ def precision(device):
     return None
 
 
+def on_device(model, device):
+    """A `Classifier` on its device, in the layout and with the operations that are fast there.
+
+    In bfloat16 on CPUs two backward passes of torch 2.14 are slow: that of fused attention takes up
+    to twice the time of the plain one, that of a depthwise convolution three times its time in
+    float32. The functions that are computed are the same.
+    """
+    if device.type == "cpu" and precision(device):
+        small = model.img_size[0] * model.img_size[1] <= PLAIN_ATTENTION
+        for module in model.modules():
+            if small and hasattr(module, "fused_attn"):
+                module.fused_attn = False
+            if isinstance(module, nn.Conv2d) and module.groups > 1:
+                module.forward = partial(in_float32, module.forward)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def in_float32(forward, x):
+    """A layer's output for an input in any precision, without autocast. CPU only."""
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float())
+
+
 def autocast(device):
     """torch.autocast in the device's `precision`."""
     dtype = precision(device)
@@ -310,7 +335,7 @@ def load_model(path, device):
     else:
         model = create_teacher(state["model"], len(state["classes"]), state["img_size"])
     model.load_state_dict(state.pop("state_dict"))
-    return model.to(device, memory_format=torch.channels_last).eval(), state
+    return on_device(model, device).eval(), state
 
 
 def weights_sha256(state_dict):
