@@ -206,6 +206,27 @@ def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move
     assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
 
 
+@pytest.mark.parametrize("name", ["test_vit", "coatnet_pico_rw_224"])  # the latter convolves too
+def test_bfloat16_on_a_cpu_leaves_slow_operations_out_and_answers_as_before(name, monkeypatch):
+    monkeypatch.setattr(models, "precision", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    model = models.create_teacher(name, 3, [32, 32]).eval()
+    pixels = torch.rand(2, 3, 32, 32) * 255
+    with torch.no_grad():
+        before = model(pixels)
+        models.on_device(model, torch.device("cpu"))
+        assert torch.allclose(model(pixels), before, atol=1e-4)
+
+    dtypes, fused = [], [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
+    for m in model.modules():
+        if isinstance(m, torch.nn.Conv2d) and m.groups > 1:
+            m.register_forward_hook(lambda m, x, y: dtypes.append(y.dtype))
+    with torch.no_grad(), models.autocast(torch.device("cpu")):
+        assert model(pixels).dtype == torch.bfloat16
+    assert fused and not any(fused)
+    assert set(dtypes) == (set() if name == "test_vit" else {torch.float32})
+
+
 def test_both_heads_of_a_transformer_that_was_made_to_be_distilled_learn_at_the_full_rate():
     model = models.create_teacher("deit_tiny_distilled_patch16_224", 3, [32, 32])
     groups = train_teacher.parameter_groups(model, 0.05, 0.75, 0.1)
