@@ -193,7 +193,7 @@ class Run:
         if distributed.rank() == 0:  # a kill may have come right after last.pt
             self.write_rest(state)
 
-    def batches(self, pictures, batch_size, balanced, stored_views=None):
+    def batches(self, pictures, batch_size, balanced=False, stored_views=None):
         """Yield (indices, views, batch) of the steps that are left, the next batch read meanwhile.
 
         indices, views: int64 arrays [B], this process's share of batch_size; batch: uint8
