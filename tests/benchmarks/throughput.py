@@ -1,13 +1,14 @@
-"""How many views a second the loader delivers, and how many pictures a second a ResNet18 trains on.
+"""How many views a second the loader delivers, and how many pictures a second networks train on.
 
     python tests/benchmarks/throughput.py                       # a few minutes on two cores
     python tests/benchmarks/throughput.py --turns 1 --steps 2   # to see that it works
     python tests/benchmarks/throughput.py --device cuda --steps 100 --batch-sizes 96 768
 
 The loader alone: rows of a memory map (of noise, in the page cache after the first turn), read one
-batch ahead, rendered as views. Training: the loop of distill.py with --alpha 0, views included,
-with the network in channels_last and in contiguous layout, but without validations. Every setting
-has its turn in each round; the medians of the rounds are printed.
+batch ahead, rendered as views. Training: the loop of distill.py with --alpha 0, views included, but
+without validations, with the ResNet18 in channels_last and in contiguous layout, and both
+pretrained teachers as timm has them and as `on_device` of common/models.py does. Every setting has
+its turn in each round; the medians of the rounds are printed.
 """
 
 import statistics
@@ -19,24 +20,33 @@ import numpy as np
 import torch
 from bench import machine, print_table
 from epoch_cost import CLASSES, random_pictures, wait
+from sets import TEACHERS
 from timm.optim import param_groups_weight_decay
 
 from common import cli, training
 from common.losses import labelled_cross_entropy
-from common.models import autocast, create_student, precision
+from common.models import autocast, create_student, create_teacher, on_device, precision
 from common.views import ViewRecipe, render
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-COUNT = 960  # pictures
+COUNT, TEACHERS_SIDE = 960, 128  # pictures; px of those that teachers are measured at
 
 
-def pictures_a_second(pictures, layout, batch_size, steps, device):
-    """Read, render and train a ResNet18 in this memory layout, or without one do not train.
+def network(name, how, size, device):
+    """A `Classifier` for views of `size`; how: a layout, or "on_device"."""
+    student = name in ("", "resnet18")
+    model = create_student(CLASSES, size) if student else create_teacher(name, CLASSES, size)
+    if how == "on_device":
+        return on_device(model, device)
+    return model.to(device, memory_format=LAYOUTS[how or "channels_last"])
+
+
+def pictures_a_second(pictures, name, how, batch_size, steps, device):
+    """Read, render and train a network, or without a name do not train.
 
     The first step does not count.
     """
-    model = create_student(CLASSES, pictures.view_size)
-    model.to(device, memory_format=LAYOUTS[layout or "channels_last"])
+    model = network(name, how, pictures.view_size, device)
     schedule = training.Schedule(1 + steps, lr=1e-3, clip_grad=1.0, seed=0)
     groups = param_groups_weight_decay(model.backbone, 0.05)
     run = training.Run(model, groups, schedule, Path("throughput"), {})
@@ -45,8 +55,8 @@ def pictures_a_second(pictures, layout, batch_size, steps, device):
             wait(device)
             start = time.perf_counter()
         pixels = render(batch, indices, views, 0, ViewRecipe())
-        if layout:
-            pixels = pixels.contiguous(memory_format=LAYOUTS[layout])
+        if name:
+            pixels = pixels.contiguous(memory_format=LAYOUTS.get(how, torch.channels_last))
             with autocast(device):
                 logits = run.network(pixels)
             labels = pictures.labels[indices].to(device, non_blocking=True)
@@ -71,26 +81,29 @@ def main():
     device, rng = torch.device(args.device), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as home:
         pictures = {}
-        for side in args.sides:
+        for side in {*args.sides, TEACHERS_SIDE}:
             folder = Path(home) / str(side)
             folder.mkdir()
             pictures[side] = random_pictures(folder, COUNT, side, rng)
 
         first = args.sides[0]
-        settings = [(side, size, "") for side in args.sides for size in args.batch_sizes]
-        settings += [(first, size, layout) for size in args.batch_sizes for layout in LAYOUTS]
+        sizes = args.batch_sizes
+        settings = [(side, size, "", "") for side in args.sides for size in sizes]
+        settings += [(first, size, "resnet18", how) for size in sizes for how in LAYOUTS]
+        settings += [(TEACHERS_SIDE, sizes[0], name, how)
+                     for name in TEACHERS for how in ("channels_last", "on_device")]
         rates = {setting: [] for setting in settings}
         for _ in range(args.turns):
-            for side, size, layout in settings:
-                rate = pictures_a_second(pictures[side], layout, size, args.steps, device)
-                rates[side, size, layout].append(rate)
+            for side, size, *what in settings:
+                rate = pictures_a_second(pictures[side], *what, size, args.steps, device)
+                rates[side, size, *what].append(rate)
 
     dtype = str(precision(device) or torch.float32).removeprefix("torch.")
     print(f"{machine()}, {args.device}, training in {dtype}")
     rows = []
-    for (side, size, layout), values in rates.items():
-        what = "training, pictures" if layout else "loader alone, views"
-        rows.append([what, f"{side}", f"{size}", layout, f"{statistics.median(values):.0f}"])
+    for (side, size, name, how), values in rates.items():
+        what = f"training {name}, pictures" if name else "loader alone, views"
+        rows.append([what, f"{side}", f"{size}", how, f"{statistics.median(values):.1f}"])
     print_table(["", "side, px", "batch", "layout", "a second"], rows)
 
 
