@@ -91,10 +91,7 @@ def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(
     words = ("--steps", 7, "-b", 16, "--alpha", 0)
     assert call(distill.main, *words, "--output", tmp_path / "ours", *CPU) == 0
 
-    def plain(logits, labels, weights):
-        return F.cross_entropy(logits, labels)
-
-    monkeypatch.setattr(distill, "labelled_cross_entropy", plain)
+    monkeypatch.setattr(distill, "labelled_cross_entropy", F.cross_entropy)
     monkeypatch.setattr(distill, "CachedLogits", None)  # no teacher is asked
     assert call(distill.main, *words, "--output", tmp_path / "plain", *CPU) == 0
     assert same_weights(tmp_path / "ours" / "model.pt", tmp_path / "plain" / "model.pt")
