@@ -161,8 +161,8 @@ def distil(output, onnx, args):
 
     alpha, T = args.alpha, args.temperature
     stored_views = cache.views if cache else None
-    order = pictures, args.batch_size, args.balance_classes
-    for indices, views, batch in run.batches(*order, stored_views):
+    batches = run.batches(pictures, args.batch_size, args.balance_classes, stored_views)
+    for indices, views, batch in batches:
         pixels = render(batch, indices, views, spec["seed"], recipe)
         labels = pictures.labels[indices].to(device, non_blocking=True)
 

@@ -50,6 +50,9 @@ def labelled_cross_entropy(logits, labels):
     return summed / labelled
 
 
+# ------------------------------------------------------------- fitted on validation pictures
+
+
 def fit_temperature(logits, labels):
     """The T > 0 that minimises the NLL of softmax(logits / T)   (Guo et al. 2017).
 
