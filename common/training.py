@@ -31,6 +31,7 @@ CHECK = 20  # steps between looks at whether the loss is finite: a look waits fo
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 ONLY_TO_RESUME = ("optimizer", "scaler")
 WRITTEN = ("last.pt", "model.pt", "log.csv", *EXPORTED)
+VERSION = 2  # of what the same flags train; 2: --balance-classes draws, where 1 weighed
 # Flags that a resumed run may change: they do not decide what a training computes, or what they
 # decide is compared by itself.
 FREE_ON_RESUME = {
@@ -185,6 +186,11 @@ class Run:
         self.steps_done, self.history = state["steps"], state["history"]
         if finished:
             return
+        if state.get("version") != VERSION:
+            raise UserError(
+                f"--resume: {path} is of a version that trained otherwise with the same flags; "
+                "begin anew with --overwrite"
+            )
         self.model.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where it was not in use
@@ -315,6 +321,7 @@ class Run:
         weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         state = {
             **self.header,
+            "version": VERSION,
             "schedule": asdict(self.schedule),
             "steps": self.steps_done,
             "metrics": metrics,

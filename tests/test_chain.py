@@ -122,6 +122,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert load_checkpoint(tmp_path / "cut" / runs[0] / "last.pt")["steps"] == 3
     assert call(main, *cut) == 2  # neither --resume nor --overwrite
     assert call(main, *cut, "--resume", "--lr", 0.5) == 2  # another run
+    with monkeypatch.context() as later:
+        later.setattr(training, "VERSION", training.VERSION + 1)
+        assert call(main, *cut, "--resume") == 2
     assert call(main, *cut, "--resume") == 0
     for run in runs:
         logs = []
