@@ -15,7 +15,8 @@ Next    evaluate.py, infer.py
     loss = (1 - alpha) CE(s, y) + alpha T^2 KL(ensemble at T || student at T)
 
 The student sees the labelled and the unlabelled pictures, pass after pass, each pass in the next of
-the cached views. With --alpha 0 it sees labelled pictures alone, each pass in new views.
+the cached views. With --alpha 0 it sees labelled pictures alone, each pass in new views. With
+--mixup every one is mixed with another of its batch, and their labels and soft targets likewise.
 """
 
 import argparse
@@ -38,9 +39,9 @@ from common import (
 )
 from common.ensemble import CachedLogits, load_ensemble
 from common.files import UserError, file_sha256, px
-from common.losses import labelled_cross_entropy, soft_divergence
+from common.losses import label_rows, labelled_cross_entropy, soft_divergence
 from common.metrics import describe_rates, good_classes, numbers_of
-from common.views import ViewRecipe, render
+from common.views import ViewRecipe, mixup, render, shares
 
 STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain from scratch takes a few minutes
 MISS_RATE = 0.05  # share of the defects that may pass
@@ -56,6 +57,9 @@ def parse_arguments():
                    "(default: %(default)s)")
     p.add_argument("--temperature", type=cli.positive_float, default=2.0,
                    help="T that softens teachers and student in the loss (default: %(default)s)")
+    p.add_argument("--mixup", action="store_true",
+                   help="mix each picture, and what is said of it, with another: for few pictures "
+                   "and many steps")
     start = p.add_mutually_exclusive_group()
     start.add_argument("--pretrained", nargs="?", choices=models.RESNET18, const="torchvision",
                        help="start from ImageNet weights of torchvision (the default) or timm "
@@ -156,26 +160,22 @@ def distil(output, onnx, args):
         "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
     })
     run.start(args.resume)
-    taught = lesson(labelled, everything, cache, args)
+    taught = lesson(labelled, everything, cache, args.mixup)
     print(f"resnet18 at {px(model.img_size)}: {taught}, {run}")
 
-    alpha, T = args.alpha, args.temperature
     stored_views = cache.views if cache else None
     batches = run.batches(pictures, args.batch_size, args.balance_classes, stored_views)
     for indices, views, batch in batches:
         pixels = render(batch, indices, views, spec["seed"], recipe)
-        labels = pictures.labels[indices].to(device, non_blocking=True)
+        y = label_rows(pictures.labels[indices], len(dataset["classes"])).to(device)
+        q = cache.targets(views, indices, args.temperature).to(device) if cache else y
+        if args.mixup:
+            share = shares(args.seed, run.steps_done, len(indices))
+            pixels, y, q = (mixup(rows, share) for rows in (pixels, y, q))
 
         with models.autocast(device):
             logits = run.network(pixels)
-        logits = logits.float()
-        loss = labelled_cross_entropy(logits, labels)
-        if cache:
-            q = cache.targets(views, indices, T)  # of these very pixels
-            q = q.to(device, non_blocking=True)
-            loss = (1 - alpha) * distributed.label_weight(labels) * loss
-            loss = loss + alpha * T**2 * soft_divergence(q, logits / T)
-        run.step(loss)
+        run.step(loss_of(logits.float(), y, q, args.alpha, args.temperature))
         if run.due:
             run.validate(val)
     cli.lap("training")
@@ -193,13 +193,23 @@ def create(dataset, args):
     return model, param_groups_weight_decay(model.backbone, args.weight_decay)
 
 
-def lesson(labelled, everything, cache, args):
+def loss_of(logits, y, q, alpha, T):
+    """The loss at the head of this file, of a batch: logits, labels y and soft targets q at T."""
+    loss = labelled_cross_entropy(logits, y)
+    if alpha:
+        loss = (1 - alpha) * distributed.label_weight(y) * loss
+        loss = loss + alpha * T**2 * soft_divergence(q, logits / T)
+    return loss
+
+
+def lesson(labelled, everything, cache, mixed):
     """What the student learns from, in words."""
+    how = ", mixed in pairs" if mixed else ""
     if not cache:
-        return f"{len(labelled)} labelled pictures (alpha 0: no teacher)"
+        return f"{len(labelled)} labelled pictures (alpha 0: no teacher){how}"
     return (
         f"{len(labelled)} labelled and {len(everything) - len(labelled)} unlabelled pictures, "
-        f"{cache.views} cached views"
+        f"{cache.views} cached views{how}"
     )
 
 

@@ -24,7 +24,6 @@ from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 from common.files import UserError, exclusive
-from common.losses import UNLABELLED
 
 PATIENCE = timedelta(days=2)  # while process 0 decodes or validates; one that dies ends all
 GRACE = 5  # seconds for torchrun to notice that another process ended
@@ -143,15 +142,15 @@ def mean(tensor):
     return tensor
 
 
-def label_weight(labels):
+def label_weight(rows):
     """What to multiply the mean loss of this share's labelled pictures by.
 
-    labels: int64 [B]. Shares hold different numbers of them; with n of the N labelled pictures and
-    P processes it is P n / N, so that the mean over processes is the mean over labelled pictures.
+    rows: of `losses.label_rows`. Shares hold different numbers of labels; with n of the N and P
+    processes it is P n / N, so that the mean over processes is the mean over labelled pictures.
     """
     if not is_distributed():
         return 1.0
-    own = (labels != UNLABELLED).sum().float()
+    own = rows.sum()
     return own / mean(own.clone()).clamp(min=1 / world_size())
 
 

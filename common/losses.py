@@ -5,8 +5,9 @@ With student logits s, labels y, ensemble probabilities q and a temperature T th
 
     loss = (1 - alpha) * labelled_cross_entropy(s, y) + alpha * T**2 * soft_divergence(q, s / T)
 
-T**2 keeps the size of the second gradient independent of T, so alpha means the same for every T and
-every number of classes.
+y are rows of probabilities, zeros where there is no label. Both terms are linear in y and q, so
+that pictures can be mixed (`views.mixup`). T**2 keeps the size of the second gradient independent
+of T, so alpha means the same for every T and every number of classes.
 """
 
 import torch
@@ -40,14 +41,21 @@ def soft_divergence(q, logits):
     return F.kl_div(F.log_softmax(logits, dim=1), q, reduction="batchmean")
 
 
-def labelled_cross_entropy(logits, labels):
+def label_rows(labels, classes):
+    """Labels as probabilities: float32 [B, classes], a row of zeros where there is none.
+
+    labels: int64 [B], -1 for none.
+    """
+    known = labels != UNLABELLED
+    return F.one_hot(labels.clamp(min=0), classes).float() * known[:, None]
+
+
+def labelled_cross_entropy(logits, rows):
     """Mean cross-entropy over the pictures that have a label; a scalar, 0 when none has one.
 
-    logits: float [B, K]; labels: int64 [B], -1 for none.
+    logits, rows: float [B, K]; rows as of `label_rows`, or mixed ones, which count by their sums.
     """
-    summed = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
-    labelled = (labels != UNLABELLED).sum().clamp(min=1)
-    return summed / labelled
+    return F.cross_entropy(logits, rows, reduction="sum") / rows.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------- fitted on validation pictures

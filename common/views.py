@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 VERSION = 1  # goes into every artefact; a change of the mathematics below must change it
 PARAMETERS = 11  # random numbers that a view takes
+MIXING = 77  # keeps the random numbers of `shares` apart from others of that seed
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,24 @@ def render(pictures, indices, views, seed, recipe):
     is_plain = torch.from_numpy(views == 0).to(device, non_blocking=True)
     result = torch.where(is_plain[:, None, None, None], plain, result)
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def shares(seed, step, count):
+    """How much of itself each picture of a step's batch keeps in `mixup`: float32 [count].
+
+    Uniform from 0 to 1, a pure function of its arguments.
+    """
+    rng = np.random.default_rng([seed, MIXING, step])
+    return torch.from_numpy(rng.random(count, np.float32))
+
+
+def mixup(rows, share):
+    """Each row of a batch mixed with the one before it (Zhang et al. 2018).
+
+    rows: float [B, ...], pixels as well as the probabilities that go with them; share: [B].
+    """
+    own = share.to(rows.device).view(-1, *[1] * (rows.dim() - 1))
+    return own * rows + (1 - own) * rows.roll(1, 0)
 
 
 def on(device, values):

@@ -26,7 +26,7 @@ from common.files import UserError
 from common.models import load_checkpoint
 from common.pictures import DecodedCache
 from common.training import Order
-from common.views import ViewRecipe, render
+from common.views import ViewRecipe, render, shares
 
 TRAIN = ("--data-dir", "parts", "--view-size", VIEW_SIZE)
 
@@ -48,9 +48,13 @@ def test_the_students_learn_something(tiny):
     assert report["models"]["runs/student/model.pt"]["mean_accuracy"] > 0.5  # chance is 1/3
 
 
-def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export, tmp_path):
+@pytest.mark.parametrize("mixes", [False, True])
+def test_the_first_steps_loss_is_the_formula_of_the_docstring(
+    inside, no_export, tmp_path, mixes
+):
     """One step on all pictures: what log.csv says against numpy, from the same start and views."""
     words = ("--steps", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
+    words += ("--mixup",) if mixes else ()
     assert call(distill.main, *words, "--output", tmp_path / "s", *CPU) == 0
     logged = float(next(csv.DictReader(open(tmp_path / "s" / "log.csv")))["loss"])
 
@@ -67,7 +71,9 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export,
     recipe = ViewRecipe.from_dict(ensemble["view_recipe"])
     with torch.no_grad(), models.autocast(torch.device("cpu")):
         pixels = render(pictures.batch(indices), indices, views, ensemble["seed"], recipe)
-        s = student(pixels).double().numpy()
+        share = shares(5, 0, 105) if mixes else torch.ones(105)
+        own = share[:, None, None, None]
+        s = student(own * pixels + (1 - own) * pixels.roll(1, 0)).double().numpy()
 
     def log_softmax(z):
         return z - np.log(np.exp(z).sum(1, keepdims=True))
@@ -77,11 +83,12 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(inside, no_export,
     for logits, t, weight in zip(z, ensemble["temperatures"], ensemble["weights"]):
         together = together + weight * logits / t
     q = np.exp(log_softmax(together / 3))
-    labels = pictures.labels[indices].numpy()
-    known = labels >= 0
-    ce = -log_softmax(s)[known, labels[known]].mean()
+    labels, own = pictures.labels[indices].numpy(), share.double().numpy()[:, None]
+    assert (labels >= 0).sum() == 57
+    y = np.where(labels[:, None] == np.arange(3), 1.0, 0.0)
+    y, q = (own * rows + (1 - own) * np.roll(rows, 1, 0) for rows in (y, q))
+    ce = -(y * log_softmax(s)).sum() / y.sum()
     kl = (q * (np.log(q) - log_softmax(s / 3))).sum(1).mean()
-    assert known.sum() == 57
     assert logged == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-3)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from common.losses import (
     fit_temperature,
     fit_weights,
+    label_rows,
     labelled_cross_entropy,
     product_of_experts,
     soft_divergence,
@@ -42,16 +43,25 @@ def test_a_student_that_answers_the_target_has_no_divergence_and_no_gradient():
 
 def test_unlabelled_pictures_have_no_cross_entropy():
     s = torch.randn(3, 4)
-    one = labelled_cross_entropy(s, torch.tensor([2, -1, -1]))
+    one = labelled_cross_entropy(s, label_rows(torch.tensor([2, -1, -1]), 4))
     assert torch.allclose(one, F.cross_entropy(s[:1], torch.tensor([2])))
-    assert labelled_cross_entropy(s, torch.tensor([-1, -1, -1])) == 0
+    assert labelled_cross_entropy(s, label_rows(torch.tensor([-1, -1, -1]), 4)) == 0
 
 
-def test_with_all_labels_it_is_torchs_cross_entropy_bit_for_bit():
+def test_with_all_labels_it_is_torchs_cross_entropy():
     s, y = torch.randn(32, 6, requires_grad=True), torch.randint(0, 6, (32,))
-    ours, plain = labelled_cross_entropy(s, y), F.cross_entropy(s, y)
-    assert torch.equal(ours, plain)
-    assert torch.equal(torch.autograd.grad(ours, s)[0], torch.autograd.grad(plain, s)[0])
+    ours, plain = labelled_cross_entropy(s, label_rows(y, 6)), F.cross_entropy(s, y)
+    assert torch.allclose(ours, plain)
+    slopes = (torch.autograd.grad(loss, s)[0] for loss in (ours, plain))
+    assert torch.allclose(*slopes, atol=1e-7)
+
+
+def test_a_mixed_label_counts_by_its_shares():
+    # A quarter of class 0, three quarters of a picture without a label: the rows sum to 1/4 and 1.
+    s = torch.tensor([[LN3, 0.0], [0.0, 0.0]])
+    rows = torch.tensor([[0.25, 0.0], [0.0, 1.0]])
+    expected = 0.25 * math.log(4 / 3) + math.log(2)
+    assert float(labelled_cross_entropy(s, rows)) == pytest.approx(expected / 1.25)
 
 
 def test_the_ensemble_adds_weighted_logits_over_temperatures():

@@ -11,7 +11,7 @@ from common import splits
 from common.ensemble import load_ensemble
 from common.pictures import DecodedCache
 from common.training import Order
-from common.views import ViewRecipe, mix, render, uniform, warp
+from common.views import ViewRecipe, mix, mixup, render, shares, uniform, warp
 
 RECIPE = ViewRecipe()
 STILL = dict(zoom_min=1, zoom_max=1, shift=0, rotate=0, flip=0, brightness=0, contrast=0, tint=0)
@@ -119,6 +119,23 @@ def test_contrast_turns_about_the_mean_and_brightness_shifts_it():
     assert 0.5 <= gain <= 1.5 and abs(gain - 1) > 1e-3
     shift = render(x, [0], [1], 0, ViewRecipe(**{**STILL, "brightness": 0.1})) - plain
     assert shift.std() < 1e-2 and 0.01 < shift.abs().mean() <= 25.5
+
+
+def test_mixup_adds_shares_of_a_row_and_of_the_one_before():
+    rows, share = torch.tensor([[0.0, 8.0], [4.0, 0.0], [8.0, 8.0]]), torch.tensor([1.0, 0.25, 0.5])
+    assert mixup(rows, share).tolist() == [[0.0, 8.0], [1.0, 6.0], [6.0, 4.0]]
+    pixels = torch.rand(3, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    both = mixup(pixels, share)
+    assert torch.allclose(both[2], (pixels[2] + pixels[1]) / 2)
+    assert both.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_shares_are_uniform_and_a_pure_function_of_seed_and_step():
+    u = shares(3, 7, 10_000)
+    assert u.dtype == torch.float32 and 0 <= u.min() and u.max() < 1
+    assert abs(float(u.mean()) - 0.5) < 0.01 and abs(float(u.std()) - 12**-0.5) < 0.01
+    assert torch.equal(u, shares(3, 7, 10_000))
+    assert not torch.equal(u, shares(3, 8, 10_000)) and not torch.equal(u, shares(4, 7, 10_000))
 
 
 def test_each_pass_visits_every_picture_once():

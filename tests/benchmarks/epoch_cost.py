@@ -20,7 +20,7 @@ from timm.optim import param_groups_weight_decay
 
 from common import cli
 from common.ensemble import CachedLogits, write_view
-from common.losses import labelled_cross_entropy, product_of_experts, soft_divergence
+from common.losses import label_rows, labelled_cross_entropy, product_of_experts, soft_divergence
 from common.models import autocast, create_student, create_teacher
 from common.pictures import Decoded, Pictures
 from common.views import ViewRecipe, render
@@ -90,7 +90,8 @@ class Steps:
         with autocast(self.device):
             logits = self.student(pixels)
         logits = logits.float()
-        loss = labelled_cross_entropy(logits, self.pictures.labels[indices].to(self.device))
+        y = label_rows(self.pictures.labels[indices], logits.shape[1]).to(self.device)
+        loss = labelled_cross_entropy(logits, y)
         if q is not None:
             loss = (1 - ALPHA) * loss + ALPHA * T**2 * soft_divergence(q, logits / T)
         loss.backward()

@@ -24,7 +24,7 @@ from sets import TEACHERS
 from timm.optim import param_groups_weight_decay
 
 from common import cli, training
-from common.losses import labelled_cross_entropy
+from common.losses import label_rows, labelled_cross_entropy
 from common.models import autocast, create_student, create_teacher, on_device, precision
 from common.views import ViewRecipe, render
 
@@ -59,8 +59,8 @@ def pictures_a_second(pictures, name, how, batch_size, steps, device):
             pixels = pixels.contiguous(memory_format=LAYOUTS.get(how, torch.channels_last))
             with autocast(device):
                 logits = run.network(pixels)
-            labels = pictures.labels[indices].to(device, non_blocking=True)
-            run.step(labelled_cross_entropy(logits.float(), labels))
+            y = label_rows(pictures.labels[indices], logits.shape[1]).to(device)
+            run.step(labelled_cross_entropy(logits.float(), y))
     wait(device)
     return steps * batch_size / (time.perf_counter() - start)
 
