@@ -35,8 +35,7 @@ from sets import CNN, TASKS, TEACHERS, add_sources, pictures_of, teach
 from common import cli
 from common.files import load_json
 
-STEPS = 2000  # of students: the default for pictures of one's own
-STUDENTS = {"alone_short": (STEPS // 4, 0), "alone": (STEPS, 0), "distilled": (STEPS, 0.9)}
+STUDENTS = {"alone_short": (0.25, 0), "alone": (1, 0), "distilled": (1, 0.9)}  # of steps, alpha
 SCORES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 FIELDS = (
     "set", "size", "seed", "model", "test_set", "n", *SCORES,
@@ -55,10 +54,11 @@ def stages(task, pictures, home, weights, seed, student_weights):
     rest = ["--seed", seed, "--overwrite"]
     yield teach(task, pictures, home, weights, seed)
     yield "ensemble", ["build_ensemble.py", *teachers, "--output", home / "ensemble", *rest]
-    for name, (steps, alpha) in STUDENTS.items():
+    for name, (share, alpha) in STUDENTS.items():
+        steps = round(share * task.steps)
         words = ["distill.py", home / "ensemble", "--steps", steps, "--alpha", alpha]
         words += ["--weights", student_weights, "--output", home / name]
-        yield name, [*words, *task.flags, *rest]
+        yield name, [*words, *task.flags, *task.students, *rest]
 
     models = [*teachers, home / "ensemble", *(home / name / "model.pt" for name in STUDENTS)]
     int8 = home / "distilled" / "student.int8.ts"

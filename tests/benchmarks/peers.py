@@ -25,7 +25,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from accuracy import STEPS, stages
+from accuracy import stages
 from bench import (
     append_rows,
     print_table,
@@ -183,7 +183,7 @@ def ways(name, seed, args):
     cached, ours = home / "ensemble", home / "distilled" / "model.pt"
     building = run_stages(todo, home)["ensemble"]
     training = float(read_rows(ours.parent / "log.csv")[-1]["seconds"])
-    seconds, per_step = building + training, training / STEPS
+    seconds, per_step = building + training, training / task.steps
 
     def fine_tuned(way, start, left):
         """The scores of distill.py --alpha 0 from a start, for some seconds."""

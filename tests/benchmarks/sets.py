@@ -32,7 +32,8 @@ class Task:
     labelled: pictures per class, 0 for all, of which train_teacher.py then holds a fifth out;
     size: --view-size, where it is not train_teacher.py's own; group: regular expression, pictures
     of one part or photo stay on one side of train and val; views: changes of the view recipe,
-    chosen on training pictures; flags: of train_teacher.py and distill.py alike.
+    chosen on training pictures; flags: of train_teacher.py and distill.py alike; steps: of
+    students; students: further flags of distill.py.
     """
 
     folder: str
@@ -42,6 +43,8 @@ class Task:
     group: str = ""
     views: tuple = ()
     flags: tuple = ()
+    steps: int = 2000  # the default for pictures of one's own
+    students: tuple = ()
 
 
 BALANCED = ("--balance-classes",)  # where classes are unequal, since balanced accuracy is scored
@@ -51,7 +54,8 @@ TASKS = {
     "embedded": Task("embedded", pool=True),
     "elpv_all": Task("elpv", flags=BALANCED),
     "ballscrew": Task("ballscrew", group=r"(\d{6}_\d{3})-", flags=BALANCED),
-    "mvtec_screw": Task("mvtec_screw", size="224", views=("rotate=180",), flags=BALANCED),
+    "mvtec_screw": Task("mvtec_screw", size="224", views=("rotate=180",), flags=BALANCED,
+                        steps=6000, students=("--mixup",)),
 }
 
 
