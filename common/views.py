@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 VERSION = 1  # goes into every artefact; a change of the mathematics below must change it
 PARAMETERS = 11  # random numbers that a view takes
-MIXING = 77  # keeps the random numbers of `shares` apart from others of that seed
+BATCH = -1  # the index of no picture: whose random numbers are those of a step's batch
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ def shares(seed, step, count):
 
     Uniform from 0 to 1, a pure function of its arguments.
     """
-    rng = np.random.default_rng([seed, MIXING, step])
-    return torch.from_numpy(rng.random(count, np.float32))
+    return torch.from_numpy(uniform(seed, [step], [BATCH], count)[0]).float()
 
 
 def mixup(rows, share):
@@ -153,7 +152,7 @@ def mixup(rows, share):
     rows: float [B, ...], pixels as well as the probabilities that go with them; share: [B].
     """
     own = share.to(rows.device).view(-1, *[1] * (rows.dim() - 1))
-    return own * rows + (1 - own) * rows.roll(1, 0)
+    return torch.lerp(rows.roll(1, 0), rows, own)
 
 
 def on(device, values):

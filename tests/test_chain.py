@@ -109,7 +109,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     inside, no_export, tmp_path, monkeypatch, script
 ):
     main, runs, words = distill.main, ("",), ("--steps", 12, "-b", 16)
-    if script == "teacher":  # the second one has not begun when the first is interrupted
+    if script == "student":
+        words += ("--mixup",)
+    else:  # the second one has not begun when the first is interrupted
         main, runs = train_teacher.main, ("test_vit", "test_resnet")
         words = (*TRAIN, "--model", *runs, *words)
     assert call(main, *words, *CPU, "--output", tmp_path / "whole") == 0

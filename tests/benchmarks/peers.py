@@ -189,7 +189,8 @@ def ways(name, seed, args):
         """The scores of distill.py --alpha 0 from a start, for some seconds."""
         ours_but = Namespace(**{**vars(args), "student_weights": start})
         steps = max(10, round(left / per_step))
-        path = student(way, steps, cached, task, home, seed, ours_but, "--alpha", 0)
+        path = student(way, steps, cached, task, home, seed, ours_but, "--alpha", 0,
+                       *task.students)
         return evaluated(path, pictures, home)
 
     def online():
