@@ -50,9 +50,10 @@ def test_the_students_learn_something(tiny):
 
 @pytest.mark.parametrize("mixes", [False, True])
 def test_the_first_steps_loss_is_the_formula_of_the_docstring(
-    inside, no_export, tmp_path, mixes
+    inside, no_export, tmp_path, monkeypatch, mixes
 ):
     """One step on all pictures: what log.csv says against numpy, from the same start and views."""
+    monkeypatch.setattr(models, "precision", lambda device: None)  # in float32
     words = ("--steps", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
     words += ("--mixup",) if mixes else ()
     assert call(distill.main, *words, "--output", tmp_path / "s", *CPU) == 0
@@ -69,7 +70,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(
     indices, _ = Order(pictures.labels, 5).batch(0, 105)
     views = np.ones(105, int)
     recipe = ViewRecipe.from_dict(ensemble["view_recipe"])
-    with torch.no_grad(), models.autocast(torch.device("cpu")):
+    with torch.no_grad():
         pixels = render(pictures.batch(indices), indices, views, ensemble["seed"], recipe)
         share = shares(5, 0, 105) if mixes else torch.ones(105)
         own = share[:, None, None, None]
@@ -89,7 +90,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(
     y, q = (own * rows + (1 - own) * np.roll(rows, 1, 0) for rows in (y, q))
     ce = -(y * log_softmax(s)).sum() / y.sum()
     kl = (q * (np.log(q) - log_softmax(s / 3))).sum(1).mean()
-    assert logged == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-3)
+    assert logged == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-5)
 
 
 def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(
@@ -350,7 +351,7 @@ def test_soft_targets_are_the_product_of_experts_of_the_stored_logits(tiny):
 
 
 def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
-    words = ("--views", 20, "-b", 8, *CPU, "--output")
+    words = ("--views", 10, "-b", 8, *CPU, "--output")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, ROOT / "build_ensemble.py", *words, killed]
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
@@ -360,7 +361,7 @@ def test_a_killed_build_goes_on_where_it_stopped(inside, tmp_path):
     process.kill()
     process.wait()
     done = {file.name: file.stat().st_mtime_ns for file in killed.glob("view_*.npy")}
-    assert 3 <= len(done) < 20
+    assert 3 <= len(done) < 10
     assert call(distill.main, killed, "--output", tmp_path / "s", *CPU) == 2  # unfinished
     assert call(build_ensemble.main, *words, killed) == 0
     assert call(build_ensemble.main, *words, whole) == 0

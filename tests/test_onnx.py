@@ -41,6 +41,20 @@ def edge(tiny, tmp_path_factory):
     return home
 
 
+@pytest.fixture
+def untraced(edge, monkeypatch):
+    """distill.py takes the student's float32 graph from its file: to trace one takes 5 s."""
+    import onnx
+
+    def stored(deployed):
+        temperature = export.load_exported(edge / "student.onnx")[1]["temperature"]
+        model = onnx.load(edge / "student.onnx")
+        del model.metadata_props[:]
+        return export_onnx.Graph(export_onnx.calibrated(model, 1 / temperature))
+
+    monkeypatch.setattr(export_onnx.Graph, "of", stored)
+
+
 def export_again(home, root):
     """Call distill.py, in a process of its own, for the files of a finished student."""
     command = [sys.executable, ROOT / "distill.py", *map(str, AGAIN), "--output", home]
@@ -212,7 +226,7 @@ def test_a_second_export_is_the_same_to_the_byte(edge, tiny, tmp_path):
 
 
 def test_an_int8_graph_that_loses_too_much_is_not_written(
-    edge, tiny, tmp_path, monkeypatch, capsys
+    edge, tiny, untraced, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tiny.root)
     shutil.copytree(edge, tmp_path / "s")
@@ -239,7 +253,7 @@ def test_a_graph_whose_head_has_other_names_is_not_calibrated_in_silence(edge):
 
 
 def test_files_of_onnx_are_written_again_with_the_others_and_stay_after_an_error(
-    edge, tiny, tmp_path, monkeypatch, capsys
+    edge, tiny, untraced, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tiny.root)
     folder = tmp_path / "s"
@@ -262,7 +276,7 @@ def test_files_of_onnx_are_written_again_with_the_others_and_stay_after_an_error
 
 @pytest.mark.parametrize("name", ["student.onnx", "student.int8.onnx"])
 def test_a_file_that_answers_otherwise_than_its_network_is_not_written(
-    edge, tiny, tmp_path, monkeypatch, name
+    edge, tiny, untraced, tmp_path, monkeypatch, name
 ):
     monkeypatch.chdir(tiny.root)
     shutil.copytree(edge, tmp_path / "s")
