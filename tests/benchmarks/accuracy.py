@@ -159,7 +159,7 @@ def print_differences(rows, column, score):
     lines = []
     for title, of_sets in table.items():
         mean = np.array([np.mean(values) for values in of_sets])
-        means = [f"{mean[each].mean():+.1f}" for each in (pool, ~pool)]
+        means = [f"{mean[each].mean():+.1f}" if any(each) else "" for each in (pool, ~pool)]
         lines.append([title, *map(over_seeds, of_sets), *means])
     print_table([f"{score}, points", *sets, "mean with pool", "mean without"], lines)
 
