@@ -3,7 +3,6 @@
 import csv
 import json
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import build_ensemble
 import distill
 import evaluate
 import train_teacher
-from common import cli, models, splits, training
+from common import models, splits, training
 from common.ensemble import CachedLogits, load_ensemble, view_file, write_view
 from common.files import UserError
 from common.models import load_checkpoint
@@ -163,16 +162,22 @@ def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_freed_memory_is_kept_for_the_next_step():
-    cli.pick_device("cpu")
+    """In the main thread of a process, where a script trains."""
+    program = """
+import resource, torch
+from common import cli
 
-    def use():
-        for _ in range(10):
-            torch.ones(2**24)  # 64 MB, 16384 pages
+def use():
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MB, 16384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-    use()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    use()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+cli.pick_device("cpu")
+print(-use() + use())
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 1000
 
 
 def test_a_transformer_whose_patches_do_not_divide_the_side_still_sees_the_edge():
