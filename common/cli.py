@@ -188,7 +188,8 @@ def add_training_flags(p, lr=1e-3, lr_note="(default: %(default)s)"):
     g.add_argument("--clip-grad", type=non_negative_float, default=1.0,
                    help="largest gradient norm; 0 is off (default: %(default)s)")
     g.add_argument("--balance-classes", action="store_true",
-                   help="draw as many labelled pictures of each class, rare ones more often")
+                   help="draw labelled pictures of each class as often, and fit the last layer's "
+                   "biases on validation so that classes weigh alike")
 
 
 # ---------------------------------------------------------------------------------------- device

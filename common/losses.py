@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 UNLABELLED = -1
 SMALLEST, LARGEST = 0.05, 20.0  # fitted temperatures, and weights at most the latter
-ROUNDS, SETTLED = 50, 1e-6  # over the teachers, at most; largest change of a weight in the last
+ROUNDS, SETTLED = 50, 1e-6  # of a fit, at most; largest change of a weight in the last
 PRIOR = 30.0  # nats for weights that lie 1 from their mean (tests/benchmarks/combination.py)
 
 
@@ -69,6 +69,33 @@ def fit_temperature(logits, labels):
     """
     z, y = logits.double(), soft_labels(labels, logits.shape[1])
     return 1 / best_weight(0.0, z, y, 1 / LARGEST, 1 / SMALLEST)
+
+
+def fit_biases(logits, labels):
+    """What to add to logits so that classes weigh alike: T b, float32 [K].
+
+    With T of `fit_temperature`, b minimises sum_i v_i NLL_i(z / T + b) + |b|^2 / 2, where v_i is
+    the number of pictures of the rarest class over that of picture i's (Alexandari et al. 2020,
+    bias-corrected temperature scaling, there without v). The second term, a normal prior, keeps a
+    class of three pictures near its training. logits: float [N, K]; labels: int64 [N], softened as
+    in `soft_labels`. A class without pictures gets 0.
+    """
+    classes = logits.shape[1]
+    T, y = fit_temperature(logits, labels), soft_labels(labels, classes)
+    z, counts = logits.double() / T, torch.bincount(labels, minlength=classes)
+    v = counts[counts > 0].min() / counts[labels]
+    b = torch.zeros(classes, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([b], max_iter=ROUNDS, line_search_fn="strong_wolfe")
+
+    def slope():
+        optimizer.zero_grad()
+        nll = F.cross_entropy(z + b * (counts > 0), y, reduction="none")
+        loss = (v * nll).sum() + b.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(slope)
+    return (T * b).detach().float()
 
 
 def fit_weights(logits, labels, prior=PRIOR):

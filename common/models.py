@@ -121,6 +121,15 @@ def heads(backbone):
     return found if isinstance(found, tuple) else (found,)
 
 
+@torch.no_grad()
+def shift_logits(classifier, by):
+    """Add float32 [K] to all logits of a `Classifier`, in the bias of its last layer."""
+    backbone = classifier.backbone
+    for head in heads(backbone) if hasattr(backbone, "get_classifier") else [backbone.fc]:
+        *_, last = head.parameters()
+        last += by.to(last.device)
+
+
 def read_teacher_weights(path, name, classes):
     """The state dict in a file for a timm model, without a prefix such as `module.` or `backbone.`.
 

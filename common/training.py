@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from common import distributed
 from common.files import EXPORTED, UserError, atomic_path, require_same
+from common.losses import fit_biases
 from common.metrics import score
 from common.models import (
     load_checkpoint,
     precision,
     predict,
     save_checkpoint,
+    shift_logits,
     starts_warm,
     weights_sha256,
 )
@@ -273,6 +275,8 @@ class Run:
     def validate(self, val):
         """Ten times a run: score the model on val, log a line, write last.pt and model.pt.
 
+        With --balance-classes the last of these fits the biases of the last layer: classes that
+        were drawn alike still do not weigh alike where a few pictures of one were learnt by heart.
         val: `Pictures`. Raises UserError when a loss or what the model says of val is not finite.
         """
         self.require_finite()
@@ -284,6 +288,10 @@ class Run:
                     f"{self.folder}: after step {self.steps_done} the model's logits are not "
                     "finite; try a lower --lr"
                 )
+            if self.steps_done == self.schedule.steps and self.header["args"]["balance_classes"]:
+                by = fit_biases(logits, val.labels)
+                shift_logits(self.model, by)
+                logits = logits + by
             metrics = score(torch.softmax(logits, dim=1), val.labels)
             self.log(loss, metrics)
             self.write(metrics)

@@ -277,6 +277,17 @@ def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
         train_teacher.choose_img_size("convit_tiny", [80, 208], [80, 208])
 
 
+@pytest.mark.parametrize("name", [
+    "test_resnet", "test_vit", "deit_tiny_distilled_patch16_224"])  # the last has two heads
+def test_all_logits_of_a_network_are_shifted_in_its_last_layer(name):
+    teacher, student = models.create_teacher(name, 3, SIZE), models.create_student(3, SIZE)
+    pixels, by = 255 * torch.rand(2, 3, *SIZE), torch.tensor([1.0, -2.0, 0.5])
+    for model in (teacher, student):
+        before = model.eval()(pixels)
+        models.shift_logits(model, by)
+        assert torch.allclose(model(pixels), before + by, atol=1e-5)
+
+
 def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
     def plan(name, *words):
         monkeypatch.setattr("sys.argv", ["train_teacher.py", "--model", name, *words])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common.losses import (
+    fit_biases,
     fit_temperature,
     fit_weights,
     label_rows,
@@ -86,6 +87,28 @@ def test_a_model_without_a_mistake_keeps_a_soft_temperature():
     # Each of 4 labels counts 5/6: sigmoid(2 / T) = 5/6.
     logits, labels = torch.tensor([[2.0, 0.0]] * 4), torch.zeros(4, dtype=torch.long)
     assert fit_temperature(logits, labels) == pytest.approx(2 / math.log(5), rel=1e-4)
+
+
+def test_fitted_biases_make_classes_weigh_alike_against_a_prior():
+    # Always (2, 0), T = 2 / ln 2 as above. Three pictures of class 0 count as the one of class 1,
+    # so the slopes are 2 (sigmoid(ln 2 + 2 b) - 1/2) of NLL and b of the prior.
+    logits, labels = torch.tensor([[2.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
+    T = 2 / math.log(2)
+    by = fit_biases(logits, labels).tolist()
+    b = by[0] / T
+    assert -math.log(2) / 2 < b < 0 and by[1] == pytest.approx(-by[0], abs=1e-5)
+    assert b == pytest.approx(1 - 2 / (1 + math.exp(-math.log(2) - 2 * b)), abs=1e-4)
+
+
+def test_with_many_pictures_the_prior_of_biases_is_nothing():
+    # As above 1000 times: no class is preferred any more, so the gap of 2 is closed.
+    logits, labels = torch.tensor([[2.0, 0.0]]).expand(4000, 2), torch.tensor([0, 0, 0, 1] * 1000)
+    assert fit_biases(logits, labels).tolist() == pytest.approx([-1.0, 1.0], abs=0.01)
+
+
+def test_a_class_without_validation_pictures_keeps_its_bias():
+    logits, labels = torch.randn(20, 3), torch.tensor([0, 2] * 10)
+    assert fit_biases(logits, labels)[1] == 0
 
 
 def test_fitted_weights_count_what_each_teacher_knows_alone():

@@ -1,13 +1,14 @@
 """A view is a pure function of picture, index, view number and seed."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import CPU, VIEW_SIZE, call
 
 import build_ensemble
 import distill
 import train_teacher
-from common import splits
+from common import models, splits, training
 from common.ensemble import load_ensemble
 from common.pictures import DecodedCache
 from common.training import Order
@@ -222,10 +223,17 @@ def test_balance_classes_draws_as_many_of_each_in_both_trainings(
 
     monkeypatch.setattr(train_teacher, "render", recording)
     monkeypatch.setattr(distill, "render", recording)
+    biases = torch.tensor([0.0, 1e3, 0.0])
+    monkeypatch.setattr(training, "fit_biases", lambda logits, labels: biases)
     how = ("--steps", 4, "-b", 6, "--balance-classes", "--output", tmp_path / "run", *CPU)
     what = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet")
     assert call(train_teacher.main, *what, *how) == 0
     assert call(distill.main, "--alpha", 0, *how) == 0
+    for folder in ("run/test_resnet", "run"):  # biases are in the model, and in what it says
+        state = models.load_checkpoint(tmp_path / folder / "model.pt")
+        *_, last = state["state_dict"].values()
+        assert last[1] > 900 > last[0]
+        assert state["metrics"]["balanced_accuracy"] == pytest.approx(1 / 3)
     dataset = load_ensemble("runs/ensemble")["dataset"]
     train, _, _ = splits.open_training(DecodedCache("runs/decoded"), dataset)
     assert len(batches) == 8
