@@ -10,6 +10,8 @@ that pictures can be mixed (`views.mixup`). T**2 keeps the size of the second gr
 of T, so alpha means the same for every T and every number of classes.
 """
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 
@@ -71,30 +73,35 @@ def fit_temperature(logits, labels):
     return 1 / best_weight(0.0, z, y, 1 / LARGEST, 1 / SMALLEST)
 
 
-def fit_biases(logits, labels):
+def fit_biases(logits, labels, parts):
     """What to add to logits so that classes weigh alike: T b, float32 [K].
 
-    With T of `fit_temperature`, b minimises sum_i v_i NLL_i(z / T + b) + |b|^2 / 2, where v_i is
-    the number of pictures of the rarest class over that of picture i's (Alexandari et al. 2020,
-    bias-corrected temperature scaling, there without v). The second term, a normal prior, keeps a
-    class of three pictures near its training. logits: float [N, K]; labels: int64 [N], softened as
-    in `soft_labels`. A class without pictures gets 0.
+    With T of `fit_temperature`, b minimises sum_i v_i NLL_i(z / T + b) + |b|^2 / 2 (Alexandari et
+    al. 2020, bias-corrected temperature scaling, there with v = 1). The v of each class add up to
+    the number of parts of the rarest class, in equal shares of its own parts and of their pictures.
+    The second term, a normal prior, keeps a class of few parts as it was trained. logits: float
+    [N, K]; labels: int64 [N], softened as in `soft_labels`; parts: N names, of what each picture
+    shows. A class without pictures gets 0.
     """
     classes = logits.shape[1]
     T, y = fit_temperature(logits, labels), soft_labels(labels, classes)
-    z, counts = logits.double() / T, torch.bincount(labels, minlength=classes)
-    v = counts[counts > 0].min() / counts[labels]
-    b = torch.zeros(classes, dtype=torch.double, requires_grad=True)
+    shown = list(zip(parts, labels.tolist()))
+    pictures = Counter(shown)
+    share = torch.tensor([1 / pictures[each] for each in shown], dtype=torch.double)
+    total = torch.zeros(classes, dtype=torch.double).index_add(0, labels, share)
+    v = share * total[total > 0].min() / total[labels]
+
+    z, b = logits.double() / T, torch.zeros(classes, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([b], max_iter=ROUNDS, line_search_fn="strong_wolfe")
 
-    def slope():
+    def loss():
         optimizer.zero_grad()
-        nll = F.cross_entropy(z + b * (counts > 0), y, reduction="none")
-        loss = (v * nll).sum() + b.square().sum() / 2
-        loss.backward()
-        return loss
+        nll = F.cross_entropy(z + b * (total > 0), y, reduction="none")
+        value = (v * nll).sum() + b.square().sum() / 2
+        value.backward()
+        return value
 
-    optimizer.step(slope)
+    optimizer.step(loss)
     return (T * b).detach().float()
 
 

@@ -27,6 +27,7 @@ from common.models import (
     starts_warm,
     weights_sha256,
 )
+from common.validation import below, groups_of
 
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
@@ -289,14 +290,19 @@ class Run:
                     "finite; try a lower --lr"
                 )
             if self.steps_done == self.schedule.steps and self.header["args"]["balance_classes"]:
-                by = fit_biases(logits, val.labels)
-                shift_logits(self.model, by)
-                logits = logits + by
+                logits = logits + self.fit_biases(logits, val)
             metrics = score(torch.softmax(logits, dim=1), val.labels)
             self.log(loss, metrics)
             self.write(metrics)
         distributed.barrier()
         self.begin_tenth()
+
+    def fit_biases(self, logits, val):
+        """Fit the biases of the last layer; returns what was added to the logits, float32 [K]."""
+        parts = groups_of(below(val), self.header["dataset"]["group_regex"])
+        by = fit_biases(logits, val.labels, parts)
+        shift_logits(self.model, by)
+        return by
 
     def log(self, loss, metrics):
         """Add a row to the training curve and print it, with the time that is left."""

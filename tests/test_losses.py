@@ -94,21 +94,28 @@ def test_fitted_biases_make_classes_weigh_alike_against_a_prior():
     # so the slopes are 2 (sigmoid(ln 2 + 2 b) - 1/2) of NLL and b of the prior.
     logits, labels = torch.tensor([[2.0, 0.0]]).expand(4, 2), torch.tensor([0, 0, 0, 1])
     T = 2 / math.log(2)
-    by = fit_biases(logits, labels).tolist()
+    by = fit_biases(logits, labels, range(4)).tolist()
     b = by[0] / T
     assert -math.log(2) / 2 < b < 0 and by[1] == pytest.approx(-by[0], abs=1e-5)
     assert b == pytest.approx(1 - 2 / (1 + math.exp(-math.log(2) - 2 * b)), abs=1e-4)
 
 
-def test_with_many_pictures_the_prior_of_biases_is_nothing():
+def test_of_many_parts_the_prior_of_biases_is_nothing():
     # As above 1000 times: no class is preferred any more, so the gap of 2 is closed.
     logits, labels = torch.tensor([[2.0, 0.0]]).expand(4000, 2), torch.tensor([0, 0, 0, 1] * 1000)
-    assert fit_biases(logits, labels).tolist() == pytest.approx([-1.0, 1.0], abs=0.01)
+    assert fit_biases(logits, labels, range(4000)).tolist() == pytest.approx([-1, 1], abs=0.01)
+
+
+def test_many_pictures_of_four_parts_move_biases_like_four_pictures():
+    # The same pictures of 3 parts of class 0 and one of class 1; here T = 2 / ln 3, nearly.
+    logits, labels = torch.tensor([[2.0, 0.0]]).expand(4000, 2), torch.tensor([0, 0, 0, 1] * 1000)
+    b = float(fit_biases(logits, labels, [0, 1, 2, 3] * 1000)[0]) * math.log(3) / 2
+    assert b == pytest.approx(1 - 2 / (1 + math.exp(-math.log(3) - 2 * b)), abs=1e-3)
 
 
 def test_a_class_without_validation_pictures_keeps_its_bias():
     logits, labels = torch.randn(20, 3), torch.tensor([0, 2] * 10)
-    assert fit_biases(logits, labels)[1] == 0
+    assert fit_biases(logits, labels, range(20))[1] == 0
 
 
 def test_fitted_weights_count_what_each_teacher_knows_alone():

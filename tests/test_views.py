@@ -224,7 +224,7 @@ def test_balance_classes_draws_as_many_of_each_in_both_trainings(
     monkeypatch.setattr(train_teacher, "render", recording)
     monkeypatch.setattr(distill, "render", recording)
     biases = torch.tensor([0.0, 1e3, 0.0])
-    monkeypatch.setattr(training, "fit_biases", lambda logits, labels: biases)
+    monkeypatch.setattr(training, "fit_biases", lambda logits, labels, parts: biases)
     how = ("--steps", 4, "-b", 6, "--balance-classes", "--output", tmp_path / "run", *CPU)
     what = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet")
     assert call(train_teacher.main, *what, *how) == 0
