@@ -144,22 +144,7 @@ def distil(output, onnx, args):
     with distributed.first_then_others():
         model, groups = create(dataset, args)
     models.on_device(model, device)
-
-    # The run.
-    short = folders.is_embedded(dataset["dir"]) and not models.starts_warm(vars(args))
-    steps = args.steps or (EMBEDDED_STEPS if short else STEPS)
-    schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
-    run = training.Run(model, groups, schedule, output, {
-        "kind": "student",
-        "model": "resnet18",
-        "classes": dataset["classes"],
-        "img_size": model.img_size,
-        "dataset": dataset,
-        "view_recipe": spec["view_recipe"],
-        "args": vars(args),
-        "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
-    })
-    run.start(args.resume)
+    run = start_run(model, groups, dataset, spec, args)
     taught = lesson(labelled, everything, cache, args.mixup)
     print(f"resnet18 at {px(model.img_size)}: {taught}, {run}")
 
@@ -191,6 +176,25 @@ def create(dataset, args):
     img_size = args.img_size or dataset["view_size"]
     model = models.create_student(len(dataset["classes"]), img_size, args.pretrained, args.weights)
     return model, param_groups_weight_decay(model.backbone, args.weight_decay)
+
+
+def start_run(model, groups, dataset, spec, args):
+    """The `Run` of a student, begun or resumed. spec: of the ensemble."""
+    short = folders.is_embedded(dataset["dir"]) and not models.starts_warm(vars(args))
+    steps = args.steps or (EMBEDDED_STEPS if short else STEPS)
+    schedule = training.Schedule(steps, args.lr, args.clip_grad, args.seed)
+    run = training.Run(model, groups, schedule, Path(args.output), {
+        "kind": "student",
+        "model": "resnet18",
+        "classes": dataset["classes"],
+        "img_size": model.img_size,
+        "dataset": dataset,
+        "view_recipe": spec["view_recipe"],
+        "args": vars(args),
+        "ensemble_sha256": file_sha256(Path(args.ensemble) / "ensemble.json"),
+    })
+    run.start(args.resume)
+    return run
 
 
 def loss_of(logits, y, q, alpha, T):

@@ -75,14 +75,8 @@ def evaluate(args):
     # What is to be measured, on what.
     names, baseline = name_models(args.model or find_models(), args.baseline)
     device, cache = cli.pick_device(args.device), cli.decoded_cache(args)
-    tested = {name: open_model(Path(name)) for name in names}
+    tested = open_models(names)
     first = tested[names[0]]
-    for name, model in tested.items():
-        classes, its_classes = first.dataset["classes"], model.dataset["classes"]
-        what, remedy = f"{name} against {names[0]}", "compare models of the same classes"
-        require_same({"classes": classes}, {"classes": its_classes}, what, remedy)
-    if others := of_other_ensembles(tested):
-        print(f"{some_of(others)}: of an ensemble that is none of those measured beside it")
     dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
@@ -204,6 +198,18 @@ def name_models(paths, baseline):
     same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
     baseline = Path(baseline).as_posix()
     return (names, same[0]) if same else ([baseline, *names], baseline)
+
+
+def open_models(names):
+    """{name: `Model`}, of the same classes; says whose ensemble is not among them."""
+    tested = {name: open_model(Path(name)) for name in names}
+    classes = tested[names[0]].dataset["classes"]
+    for name, model in tested.items():
+        what, remedy = f"{name} against {names[0]}", "compare models of the same classes"
+        require_same({"classes": classes}, {"classes": model.dataset["classes"]}, what, remedy)
+    if others := of_other_ensembles(tested):
+        print(f"{some_of(others)}: of an ensemble that is none of those measured beside it")
+    return tested
 
 
 def open_model(path):
