@@ -41,10 +41,8 @@ from common import cli
 from common.metrics import wilson
 
 GROUP, STEPS = "patient", 2000
-BASES = {  # of each group in the CSV, what the other rows are compared with
-    "patient": "base", "pool": "base", "labelled": "labelled only",
-    "resolution": "70 px, 1600 steps",
-}
+# Of each group in the CSV, what the other rows are compared with.
+BASES = {"patient": "base", "pool": "base", "resolution": "70 px, 1600 steps"}
 CURVES = Path(__file__).with_name("curves.csv")
 
 
