@@ -77,7 +77,8 @@ def evaluate(args):
     device, cache = cli.pick_device(args.device), cli.decoded_cache(args)
     tested = open_models(names)
     first = tested[names[0]]
-    dataset = next((model.dataset for model in tested.values() if "dir" in model.dataset), None)
+    trained = next((model for model in tested.values() if "dir" in model.dataset), None)
+    dataset = trained and trained.dataset
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
     test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
@@ -94,7 +95,7 @@ def evaluate(args):
         specs = [model.header for model in tested.values() if model.kind == "ensemble"]
         audited = audit.open_training_sets(cache, dataset, specs, args.data_dir)
     if audited:
-        audited |= pictures
+        audited |= tests[trained.reading]
         findings = audit.audit(cache, dataset, audited)
         lines = audit.audit_lines(findings, first.dataset["classes"], dataset["group_regex"])
     print("".join(f"audit: {line}\n" for line in lines), end="")

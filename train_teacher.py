@@ -141,6 +141,9 @@ def main():
                 "view_recipe": recipe.as_dict(),
                 "args": vars(args),
             })
+            for home, resume in list(zip(homes, resumed))[number:]:
+                if not resume:  # else --resume would take an old run for a finished one
+                    training.remove_run(home)
             run.start(resumed[number])
             print(f"{name} at {px(model.img_size)}: {len(train)} pictures, {run}")
             fit(run, train, val, recipe, args)

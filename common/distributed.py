@@ -10,7 +10,8 @@ averaged by torch's DistributedDataParallel, over NCCL between GPUs and gloo bet
 Batch norm: on GPUs its statistics are those of the whole batch (SyncBatchNorm), as in one process.
 torch has that for GPUs only, so on CPUs each process uses its share's, and the running averages
 are process 0's: a network with batch norm trains a little differently there, as with a smaller
-batch. All other networks train as in one process, but for rounding.
+batch. All other networks train as in one process, but for rounding; pictures that are mixed have
+their partners among those of their process.
 """
 
 import os
@@ -145,13 +146,14 @@ def mean(tensor):
 def label_weight(rows):
     """What to multiply the mean loss of this share's labelled pictures by.
 
-    rows: of `losses.label_rows`. Shares hold different numbers of labels; with n of the N and P
-    processes it is P n / N, so that the mean over processes is the mean over labelled pictures.
+    rows: of `losses.label_rows`, or mixed ones. Shares hold different numbers of labels; with n of
+    the N and P processes it is P n / N, so that the mean over processes is the mean over labelled
+    pictures. Below one label the mean is a sum already, and n counts as 1.
     """
     if not is_distributed():
         return 1.0
     own = rows.sum()
-    return own / mean(own.clone()).clamp(min=1 / world_size())
+    return own.clamp(min=1) / mean(own.clone()).clamp(min=1 / world_size())
 
 
 def reduce(array):

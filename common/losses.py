@@ -80,8 +80,8 @@ def fit_biases(logits, labels, parts):
     al. 2020, bias-corrected temperature scaling, there with v = 1). The v of each class add up to
     the number of parts of the rarest class, in equal shares of its own parts and of their pictures.
     The second term, a normal prior, keeps a class of few parts as it was trained. logits: float
-    [N, K]; labels: int64 [N], softened as in `soft_labels`; parts: N names, of what each picture
-    shows. A class without pictures gets 0.
+    [N, K]; labels: int64 [N], of all classes, softened as in `soft_labels`; parts: N names, of what
+    each picture shows.
     """
     classes = logits.shape[1]
     T, y = fit_temperature(logits, labels), soft_labels(labels, classes)
@@ -89,14 +89,14 @@ def fit_biases(logits, labels, parts):
     pictures = Counter(shown)
     share = torch.tensor([1 / pictures[each] for each in shown], dtype=torch.double)
     total = torch.zeros(classes, dtype=torch.double).index_add(0, labels, share)
-    v = share * total[total > 0].min() / total[labels]
+    v = share * total.min() / total[labels]
 
     z, b = logits.double() / T, torch.zeros(classes, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([b], max_iter=ROUNDS, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        nll = F.cross_entropy(z + b * (total > 0), y, reduction="none")
+        nll = F.cross_entropy(z + b, y, reduction="none")
         value = (v * nll).sum() + b.square().sum() / 2
         value.backward()
         return value

@@ -116,18 +116,18 @@ def create_backbone(name, img_size, options):
 
 
 def heads(backbone):
-    """The classifiers of a timm model: several of those that were made to be distilled (DeiT)."""
-    found = backbone.get_classifier()
+    """The classifiers of a network: several of those that were made to be distilled (DeiT)."""
+    found = backbone.get_classifier() if hasattr(backbone, "get_classifier") else backbone.fc
     return found if isinstance(found, tuple) else (found,)
 
 
 @torch.no_grad()
 def shift_logits(classifier, by):
-    """Add float32 [K] to all logits of a `Classifier`, in the bias of its last layer."""
-    backbone = classifier.backbone
-    for head in heads(backbone) if hasattr(backbone, "get_classifier") else [backbone.fc]:
-        *_, last = head.parameters()
-        last += by.to(last.device)
+    """Add float32 [K] to all logits of a `Classifier`, in the biases of its last layers."""
+    for head in heads(classifier.backbone):  # one of which may hold several (RepViT)
+        for name, parameter in head.named_parameters():
+            if name.endswith("bias") and parameter.shape == by.shape:
+                parameter += by.to(parameter.device)
 
 
 def read_teacher_weights(path, name, classes):

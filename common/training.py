@@ -63,6 +63,12 @@ def has_run(folder):
     return any((folder / name).is_file() for name in WRITTEN)
 
 
+def remove_run(folder):
+    """Remove what a run has left in a folder."""
+    for name in WRITTEN if distributed.rank() == 0 else ():
+        (folder / name).unlink(missing_ok=True)
+
+
 def check_run_folder(folder, resume, overwrite):
     """Raise a UserError for a folder that holds a run already, or a --resume of none."""
     if resume and not has_run(folder):
@@ -168,8 +174,7 @@ class Run:
         Raises UserError for a run that is not this one, or that cannot go on.
         """
         if not resume:
-            for name in WRITTEN if distributed.rank() == 0 else ():
-                (self.folder / name).unlink(missing_ok=True)
+            remove_run(self.folder)
             return
         finished = (self.folder / "model.pt").is_file()
         path = self.folder / ("model.pt" if finished else "last.pt")
@@ -188,6 +193,7 @@ class Run:
         )
         self.steps_done, self.history = state["steps"], state["history"]
         if finished:
+            print(f"{self.folder}: finished before, so nothing is trained")
             return
         if state.get("version") != VERSION:
             raise UserError(
@@ -290,7 +296,8 @@ class Run:
                     "finite; try a lower --lr"
                 )
             if self.steps_done == self.schedule.steps and self.header["args"]["balance_classes"]:
-                logits = logits + self.fit_biases(logits, val)
+                self.fit_biases(logits, val)
+                logits = predict(self.model, val, self.device)
             metrics = score(torch.softmax(logits, dim=1), val.labels)
             self.log(loss, metrics)
             self.write(metrics)
@@ -298,11 +305,9 @@ class Run:
         self.begin_tenth()
 
     def fit_biases(self, logits, val):
-        """Fit the biases of the last layer; returns what was added to the logits, float32 [K]."""
+        """Make classes weigh alike. logits: float32 [N, K], what the model says of val."""
         parts = groups_of(below(val), self.header["dataset"]["group_regex"])
-        by = fit_biases(logits, val.labels, parts)
-        shift_logits(self.model, by)
-        return by
+        shift_logits(self.model, fit_biases(logits, val.labels, parts))
 
     def log(self, loss, metrics):
         """Add a row to the training curve and print it, with the time that is left."""
@@ -361,10 +366,14 @@ class Run:
 
 
 def identity(header, schedule):
-    """What a resumed run must find as it was, as plain data."""
+    """What a resumed run must find as it was, as plain data.
+
+    A switch that is off is left out, since an earlier version may not have had it.
+    """
     args = header["args"]
+    decisive = {flag: value for flag, value in args.items() if flag not in FREE_ON_RESUME}
     return {
-        **{flag: value for flag, value in args.items() if flag not in FREE_ON_RESUME},
+        **{flag: value for flag, value in decisive.items() if value is not False},
         **schedule,
         "pictures": header["dataset"]["fingerprint"],
         "held_out": header["dataset"]["held_out"],

@@ -125,8 +125,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
 
     cut = (*words, *CPU, "--output", tmp_path / "cut")
+    old = tmp_path / "cut" / runs[-1] / "model.pt"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of an earlier run")
     monkeypatch.setattr(training, "save_checkpoint", save_then_interrupt)
-    assert call(main, *cut) == 130
+    assert call(main, *cut, "--overwrite") == 130
+    assert not old.exists()  # which --resume would take for finished
     monkeypatch.setattr(training, "save_checkpoint", real)
     assert load_checkpoint(tmp_path / "cut" / runs[0] / "last.pt")["steps"] == 3
     assert call(main, *cut) == 2  # neither --resume nor --overwrite
@@ -149,6 +153,15 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     log.with_name("model.pt").unlink()
     assert call(main, *cut, "--resume") == 0
     assert log.read_text() == rows and log.with_name("model.pt").is_file()
+
+
+def test_a_run_that_is_older_than_a_switch_is_resumed_with_it_off():
+    dataset = dict.fromkeys(("fingerprint", "held_out", "dropped"))
+    old, new, mixed = (
+        training.identity({"args": {"lr": 0.1, **switch}, "dataset": dataset}, {})
+        for switch in ({}, {"mixup": False}, {"mixup": True})
+    )
+    assert old == new != mixed
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(inside, tmp_path, capfd):
@@ -278,7 +291,8 @@ def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
 
 
 @pytest.mark.parametrize("name", [
-    "test_resnet", "test_vit", "deit_tiny_distilled_patch16_224"])  # the last has two heads
+    "test_resnet", "test_vit",
+    "deit_tiny_distilled_patch16_224", "repvit_m0_9"])  # two heads, and two in one
 def test_all_logits_of_a_network_are_shifted_in_its_last_layer(name):
     teacher, student = models.create_teacher(name, 3, SIZE), models.create_student(3, SIZE)
     pixels, by = 255 * torch.rand(2, 3, *SIZE), torch.tensor([1.0, -2.0, 0.5])
@@ -556,6 +570,8 @@ def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_
     checkpoint = tmp_path / "test_resnet" / "model.pt"
     words = (checkpoint, "runs/student/model.pt", "--data-dir", "parts", "--output", tmp_path / "r")
     assert call(evaluate.main, *words, "--skip-audit", *CPU) == 0
+    words = ("runs/student/student.ts", checkpoint, "--output", tmp_path / "r2")
+    assert call(evaluate.main, *words, *CPU) == 0  # the audit compares what is of one size
     assert load_checkpoint(checkpoint)["img_size"] == [40, 40]
     dataset = {**DATASET, "view_size": [48, 48], "classes": ["cross", "level", "upright"]}
     alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"], dataset)

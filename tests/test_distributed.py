@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import build_ensemble
 import distill
 import train_teacher
 from common import distributed, models, training
+from common.losses import labelled_cross_entropy
 from common.models import load_checkpoint
 
 # What torchrun starts: scripts one after the other, in float32 and with a student without batch
@@ -130,6 +132,18 @@ def test_a_student_of_two_processes_has_the_loss_curve_of_one_with_uneven_labels
     one, two = (losses(folder / "student") for folder in (both.one, both.two))
     assert len(one) == 10
     assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_mixed_labels_of_shares_count_as_in_one_process(monkeypatch):
+    # Labels that sum to 0.3 and 1.9 in two shares: the mean over all is the two sums over 2.2.
+    logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
+    shares = [torch.tensor([[0.3, 0.0], [0.0, 0.0]]), torch.tensor([[0.9, 0.0], [0.0, 1.0]])]
+    sums = [0.3 * math.log(4 / 3), 0.9 * math.log(4 / 3) + math.log(2)]
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "mean", lambda own: torch.tensor(1.1))
+    losses = [distributed.label_weight(y) * labelled_cross_entropy(logits, y) for y in shares]
+    assert float(sum(losses) / 2) == pytest.approx(sum(sums) / 2.2)
 
 
 def test_process_0_alone_prints(both):

@@ -113,11 +113,6 @@ def test_many_pictures_of_four_parts_move_biases_like_four_pictures():
     assert b == pytest.approx(1 - 2 / (1 + math.exp(-math.log(3) - 2 * b)), abs=1e-3)
 
 
-def test_a_class_without_validation_pictures_keeps_its_bias():
-    logits, labels = torch.randn(20, 3), torch.tensor([0, 2] * 10)
-    assert fit_biases(logits, labels, range(20))[1] == 0
-
-
 def test_fitted_weights_count_what_each_teacher_knows_alone():
     # Each teacher says (1, 0) of four pictures of its own and nothing of the others. Each of 8
     # labels counts 0.9, so right 3 times of 4 is a share of (3 * 0.9 + 0.1) / 4 = 0.7, w = ln 7/3;

@@ -75,7 +75,7 @@ class AtItsSize(torch.nn.Module):
 def timm_online(path, weights, seconds, seed, balanced):
     """(scores, seconds) of a ResNet18 distilled online from the teacher at `path`.
 
-    balanced: draw as many of each class, as --balance-classes does.
+    balanced: draw each class as often; the biases that --balance-classes fits stay as learnt.
     """
     classifier, state = models.load_model(path, CPU)
     cache, recipe = DecodedCache(cli.CACHE), ViewRecipe.from_dict(state["view_recipe"])
