@@ -563,15 +563,25 @@ def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside
     assert set(sets) == {"parts/test", other} and report["audit"] is None
 
 
-def test_a_model_of_another_input_size_is_measured_on_its_own_views(inside, tmp_path):
+def test_a_model_of_another_input_size_is_measured_on_its_own_views(
+    inside, tmp_path, monkeypatch
+):
     pictures = ("--data-dir", "parts", "--view-size", 48, "--img-size", 40)
     words = (*pictures, "--model", "test_resnet", "--steps", 2, "--output", tmp_path)
     assert call(train_teacher.main, *words, *CPU) == 0
     checkpoint = tmp_path / "test_resnet" / "model.pt"
     words = (checkpoint, "runs/student/model.pt", "--data-dir", "parts", "--output", tmp_path / "r")
     assert call(evaluate.main, *words, "--skip-audit", *CPU) == 0
+    real, sizes = evaluate.audit.audit, set()
+
+    def audit(cache, dataset, sets):
+        sizes.update(tuple(each.view_size) for each in sets.values())
+        return real(cache, dataset, sets)
+
+    monkeypatch.setattr(evaluate.audit, "audit", audit)
     words = ("runs/student/student.ts", checkpoint, "--output", tmp_path / "r2")
-    assert call(evaluate.main, *words, *CPU) == 0  # the audit compares what is of one size
+    assert call(evaluate.main, *words, *CPU) == 0
+    assert sizes == {(48, 48)}  # else copies of pictures are not told
     assert load_checkpoint(checkpoint)["img_size"] == [40, 40]
     dataset = {**DATASET, "view_size": [48, 48], "classes": ["cross", "level", "upright"]}
     alone = splits.open_tests(DecodedCache(tmp_path / "d"), ["parts/test"], dataset)
