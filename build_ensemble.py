@@ -190,19 +190,21 @@ def load_teachers(paths, device):
 def open_pool(cache, val, dataset, args):
     """(unlabelled pictures, what ensemble.json says of them), or (None, None) without a pool.
 
-    Refuses test and validation pictures among them, or drops them; near-duplicates of validation
-    pictures are counted, or go too.
+    Refuses test and validation pictures and their parts among them, or drops them; near-duplicates
+    of validation pictures are counted, or go too.
     """
     folder = folders.pool_folder(dataset["dir"], args.unlabelled)
     if folder is None:
         return None, None
     pool, unlabelled = splits.open_pool(cache, folder, dataset)
     others = [val, *splits.open_to_compare(cache, dataset)]
-    dropped = splits.leaked_paths(pool, others, "unlabelled", args.drop_leaks, args.allow_leakage)
+    leaks = args.drop_leaks, args.allow_leakage
+    dropped = splits.leaked_paths(pool, others, "unlabelled", *leaks)
+    dropped += splits.unlabelled_of_parts(pool, others, dataset["group_regex"], *leaks)
     if not folders.is_embedded(dataset["dir"]):  # whose pictures are drawn one by one
         in_detail = splits.in_detail(cache, dataset, pool, val)
         dropped += validation.repeated(cache.home, *in_detail, "unlabelled", args.drop_leaks)
-        dropped = list(dict.fromkeys(dropped))
+    dropped = list(dict.fromkeys(dropped))
     return splits.without(pool, dropped), {**unlabelled, "dropped": dropped}
 
 

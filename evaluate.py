@@ -79,6 +79,9 @@ def evaluate(args):
     first = tested[names[0]]
     trained = next((model for model in tested.values() if "dir" in model.dataset), None)
     dataset = trained and trained.dataset
+    if others := of_other_pictures(tested, trained):
+        print(f"warning: {some_of(others)}: trained on other pictures than the models before, so "
+              "test pictures may be among them, and the audit does not look there")
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
     test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
@@ -242,6 +245,21 @@ def of_other_ensembles(tested):
                  if model.header.get("args", {}).get("alpha", 1)}
     return [name for name, header in distilled.items()
             if ensembles and header.get("ensemble_sha256") not in known]
+
+
+def of_other_pictures(tested, trained):
+    """Names of models whose training pictures or split are not those of the model `trained`.
+
+    Only of views of its size: fingerprints of others differ anyway.
+    """
+    if trained is None:
+        return []
+    kept = ("fingerprint", "held_out", "dropped")
+    return [
+        name for name, model in tested.items()
+        if model.kind != "exported" and model.reading == trained.reading
+        and any(model.dataset[key] != trained.dataset[key] for key in kept)
+    ]
 
 
 def find_tests(data_dir):

@@ -30,7 +30,7 @@ from common import cli, distributed, folders, models, splits, training, validati
 from common.files import UserError, px
 from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
-from infer import FORMATS
+from infer import FORMATS, decode
 
 # Passes over the labels, fewest and most steps: with more a teacher learns its labels by heart, and
 # teaches so. A pretrained transformer learns faster (tests/benchmarks/README.md, ablations).
@@ -257,6 +257,9 @@ def default_view_size(folder):
     paths = list_pictures(train)
     for path in paths[:: max(1, len(paths) // 100)]:
         with suppress(Exception), Image.open(train / path, formats=FORMATS) as image:
+            if image.format == "TIFF":  # of pages, some of them thumbnails, that Pillow turns
+                sizes.append(decode((train / path).read_bytes())[0].shape[:2])
+                continue
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
             sizes.append(image.size if turned else image.size[::-1])
     # What cannot be read is listed when all are decoded.

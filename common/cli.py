@@ -20,6 +20,7 @@ from common.pictures import DecodedCache
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota, largest size of a file
 NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+GONE = {errno.ENOENT}  # moved away since its folder was listed
 CACHE = "runs/decoded"  # folder of the decoded pictures
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SEEDS = 2**32  # how many numbers --seed may be
@@ -59,6 +60,8 @@ def in_one_line(error):
         return str(error)
     if isinstance(error, OSError) and error.errno in PASSING:
         return f"{error.filename}: {error.strerror}; start again when the disk or share answers"
+    if isinstance(error, OSError) and error.errno in GONE:
+        return f"{error.filename}: {error.strerror}; start again when nothing moves files there"
     if isinstance(error, OSError) and error.errno in NO_ROOM | NO_RIGHT:
         hint = "make room there" if error.errno in NO_ROOM else "see who may read and write there"
         return f"{error.filename}: {error.strerror}; {hint}, or use another folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import fasteners
 from common.files import UserError
-from common.pictures import list_pictures, say_once
+from common.pictures import list_pictures, require_target, say_once
 from infer import left_out_as
 
 EMBEDDED = "data/fasteners"
@@ -35,7 +35,8 @@ def data_folder(data_dir):
     unread = [f"{path.name}/" for path in folders_in(folder) if not is_read(path.name)]
     if unread and part_folder(folder, "train").is_dir():
         read = "train/, val/, test*/ and unlabelled/"
-        say_once(f"{folder}: no stage reads {', '.join(unread)}; what is read is {read}")
+        say_once(f"{folder}: no stage reads {', '.join(unread)} unless a flag names it; "
+                 f"what is read is {read}")
     return folder
 
 
@@ -59,9 +60,15 @@ def is_embedded(folder):
 
 
 def folders_in(folder):
-    """The folders in a folder but the hidden ones, sorted; none where there is no such folder."""
+    """The folders in a folder but the hidden ones, sorted; none where there is no such folder.
+
+    Raises UserError for a link to nothing, which may have been one.
+    """
     inside = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    return sorted(path for path in inside if path.is_dir() and not path.name.startswith("."))
+    seen = sorted(path for path in inside if not path.name.startswith("."))
+    for path in seen:
+        require_target(path)
+    return [path for path in seen if path.is_dir()]
 
 
 def is_read(name):

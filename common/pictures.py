@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from infer import EXTENSIONS, decode, left_out_as, left_out_line, why_unreadable
 WHITE_LEVEL = 65535  # of pictures with more than 8 bits per value
 FULL_SCALES = (1, 255, 1023, 4095, 16383, 65535)  # of floats, bytes, cameras of 10 to 16 bits
 VERSION = 6  # raise it when decoding or resizing changes
+AHEAD = 512  # pictures that may be decoded and not written yet
 LIMITS = (infer.MAX_PIXELS, infer.MAX_SIDE, infer.MAX_SCANS, infer.LARGE, infer.DENSITY)
 READER = [PIL.__version__, *LIMITS]  # what decides which pictures can be read
 
@@ -57,10 +59,11 @@ def list_pictures(folder):
         folders[:] = used(folders, left_out, are_folders=True)
         pictures = [Path(home, name) for name in used(names, left_out)]
         paths += [path.relative_to(folder).parts for path in pictures if path.is_file()]
+        for name in names:  # whatever it is called, since it may stand for a folder
+            if not name.startswith("."):
+                require_target(Path(home, name))
         below = [Path(home, name) for name in folders]
         for link in filter(Path.is_symlink, below + pictures):
-            if not link.exists():
-                raise UserError(f"{link}: a link to nothing; mend or remove it")
             if Path(home).resolve().is_relative_to(link.resolve()):
                 raise UserError(f"{link}: a link to a folder that it lies in; remove it")
             if not link.resolve().is_relative_to(inside):
@@ -71,6 +74,12 @@ def list_pictures(folder):
     if left_out:
         say_once(left_out_line(folder, left_out))
     return ["/".join(parts) for parts in sorted(paths)]
+
+
+def require_target(path):
+    """Raise a UserError for a link to nothing, as to a share that is not mounted."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a link to nothing; mend or remove it")
 
 
 def give_up(error):
@@ -187,7 +196,8 @@ class DecodedCache:
 
         images, threads = files.checksummed(home / "images.bin"), ThreadPoolExecutor(self.workers)
         with images as array, threads as pool:
-            decoded = pool.map(decode, rows)
+            parts = (rows[start:start + AHEAD] for start in range(0, len(rows), AHEAD))
+            decoded = chain.from_iterable(pool.map(decode, part) for part in parts)
             bar = tqdm(decoded, f"decoding {folder}", len(rows), disable=None, leave=False)
             for (path, _), (pixels, properties) in zip(rows, bar):
                 if pixels is None:

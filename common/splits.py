@@ -9,6 +9,7 @@ A dataset is a dict that every stage passes on, so that all see the same split:
     classes, fingerprint           what these are; compared when a later stage opens it
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,18 @@ def open_training(cache, dataset, moved_to=None):
             f"the pictures in {folder}",
             "give the --data-dir that the earlier stage was made from, or make that stage again",
         )
+    require_named(train + val, held_out + dataset["dropped"], folder)
     train, val = (without(each, dataset["dropped"], classes) for each in (train, val))
     return train, val, opened
+
+
+def require_named(pictures, paths, folder):
+    """Raise a UserError where one of the paths is of no picture: held out or left out by name."""
+    if gone := set(paths) - set(pictures.paths()):
+        raise UserError(
+            f"{folder}: was divided by names, and has no {min(gone)} any more; "
+            "call its folders as they were called, or train again"
+        )
 
 
 def in_detail(cache, dataset, *sets):
@@ -141,6 +152,11 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     unlabelled: as ensemble.json has it, or None; folder: where they lie now, None for where they
     lay or, where the data folder has moved, in that. Raises UserError where they are not the same.
     """
+    if unlabelled is None and folder not in (None, "none"):
+        raise UserError(
+            f"--unlabelled {folder}: the ensemble was built without unlabelled pictures; "
+            "build it again with them"
+        )
     if unlabelled is None:
         return None
     beside = folders.part_folder(dataset["dir"], "unlabelled")
@@ -154,7 +170,9 @@ def open_same_pool(cache, folder, dataset, unlabelled):
         f"{folder} against the ensemble",
         "give the --unlabelled folder it was made from, or build it again",
     )
-    return without(pool, unlabelled["dropped"])
+    moved = [f"{Path(folder).name}/{path.split('/', 1)[1]}" for path in unlabelled["dropped"]]
+    require_named(pool, moved, folder)
+    return without(pool, moved)
 
 
 def open_as_taught(cache, spec, data_dir, unlabelled):
@@ -219,10 +237,7 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
     """
     if pattern is None:
         return []
-
-    def names(each):
-        parts = (validation.part_of(path, pattern) for path in validation.below(each))
-        return [[part] if part else [] for part in parts]
+    names = partial(parts_of, pattern)
     leaks, paths = {}, validation.below(pairs[0][0])
     validation.require_match(paths, pattern)
     lone = [path for path in paths if validation.part_of(path, pattern) is None]
@@ -233,6 +248,28 @@ def paths_of_split_parts(pairs, pattern, drop, allow):
         leaks |= dict(shared(pictures, others, names))
     said = "training or validation pictures show parts that others show, by --group-regex"
     return leaks_left_out(list(leaks.items()), said, drop, allow)
+
+
+def unlabelled_of_parts(pool, others, pattern, drop, allow):
+    """The paths of unlabelled pictures to leave out, since others show the same part.
+
+    others: list of `Pictures`, for testing and validation; pattern: --group-regex, or None; drop,
+    allow: as of `leaked_paths`. A line says where the pattern matches no path of the pool.
+    """
+    if pattern is None:
+        return []
+    names = partial(parts_of, pattern)
+    if not any(names(pool)):
+        print(f"--group-regex matches no unlabelled picture (one is {validation.below(pool)[0]}), "
+              "so their parts are not compared with those of val and test")
+    said = "unlabelled pictures show parts that test or validation pictures show, by --group-regex"
+    return leaks_left_out(shared(pool, others, names), said, drop, allow)
+
+
+def parts_of(pattern, pictures):
+    """[its part] by --group-regex, or [], of each of the `Pictures`."""
+    parts = (validation.part_of(path, pattern) for path in validation.below(pictures))
+    return [[part] if part else [] for part in parts]
 
 
 def shared(pictures, others, names):

@@ -163,10 +163,12 @@ def test_default_view_size_keeps_the_shape_at_the_pixels_of_128_x_128(
 ):
     exif = Image.Exif()
     exif[0x0112] = 6 if turned else 1
-    for c in "ab":
-        (tmp_path / "train" / c).mkdir(parents=True)
-        Image.new("L", (width, height)).save(tmp_path / "train" / c / "x.jpg", exif=exif)
-    assert train_teacher.default_view_size(tmp_path) == size
+    for kind in ("jpg", "tif"):
+        for c in "ab":
+            folder = tmp_path / kind / "train" / c
+            folder.mkdir(parents=True)
+            Image.new("L", (width, height)).save(folder / f"x.{kind}", exif=exif)
+        assert train_teacher.default_view_size(tmp_path / kind) == size
 
 
 def test_views_say_what_they_lose_and_whom_they_squeeze():
@@ -253,10 +255,11 @@ def test_unlabelled_copies_of_test_and_validation_pictures_stop_an_ensemble_or_a
     spec = load_ensemble(tmp_path / "e")
     assert spec["pictures"] == 57 + 48
     assert spec["unlabelled"]["dropped"] == ["pool/x.png", "pool/y.bmp"]
-    words = ("--steps", 2, "-b", 16, "--output", tmp_path / "s", *CPU)
+    pool.rename(tmp_path / "elsewhere")  # a folder's name is no part of a picture's
+    words = ("--steps", 2, "-b", 16, "--unlabelled", tmp_path / "elsewhere", *CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "export_student", lambda *_: None)
-        assert call(distill.main, tmp_path / "e", *words) == 0
+        assert call(distill.main, tmp_path / "e", *words, "--output", tmp_path / "s") == 0
     assert "57 labelled and 48 unlabelled pictures" in capfd.readouterr().out
 
 

@@ -279,6 +279,45 @@ def test_a_mac_s_decomposed_class_names_are_those_of_other_systems(tmp_path, cac
         folders.class_folders(parts / "train")
 
 
+@pytest.mark.parametrize("place", ["train/bent", "unlabelled", "val", "test_night"])
+def test_a_folder_on_a_share_that_is_not_there_is_never_left_out(train, tmp_path, place):
+    parts = make_set(tmp_path / "parts", {"train": 6, "test": 3})
+    (parts / place).symlink_to(tmp_path / "not_mounted")
+    status, _, error = train(parts)
+    assert status == 2 and f"{place}: a link to nothing" in error
+
+
+def test_pictures_divided_by_name_are_refused_under_other_names(tmp_path, cache):
+    parts = make_set(tmp_path / "parts", {"train": 6})
+    split = {"dir": parts, "val_fraction": 0.34, "group_regex": None, "dropped": [], **DATASET}
+    _, _, dataset = splits.open_training(cache, split)
+    (parts / "train").rename(parts / "training")
+    with pytest.raises(UserError, match="has no train/.* any more; call its folders as they were"):
+        splits.open_training(cache, dataset)
+
+
+def test_unlabelled_pictures_of_parts_for_testing_or_validation_are_told(tmp_path, cache, capsys):
+    parts = make_set(tmp_path / "parts", {"unlabelled": 3, "test": 3})
+    for number, file in enumerate(sorted((parts / "unlabelled").iterdir())):
+        file.rename(file.with_name(f"part{number}_2.png"))
+    (parts / "test" / "level" / "l000.png").rename(parts / "test" / "level" / "part7_1.png")
+    pool, _ = splits.open_pool(cache, parts / "unlabelled", DATASET)
+    tests = [splits.open_labelled(cache, parts / "test", DATASET)[1]]
+    told = splits.unlabelled_of_parts(pool, tests, r"part(\d+)_", True, False)
+    assert told == ["unlabelled/part7_2.png"]
+    with pytest.raises(UserError, match="1 unlabelled pictures show parts that test or validation"):
+        splits.unlabelled_of_parts(pool, tests, r"part(\d+)_", False, False)
+    capsys.readouterr()
+    assert splits.unlabelled_of_parts(pool, tests, r"/part(\d+)_", True, False) == []
+    assert "matches no unlabelled picture (one is part0_2.png)" in capsys.readouterr().out
+
+
+def test_a_pool_that_the_ensemble_has_not_is_refused(tmp_path):
+    with pytest.raises(UserError, match="pool: the ensemble was built without unlabelled pictures"):
+        splits.open_same_pool(None, tmp_path / "pool", DATASET, None)
+    assert splits.open_same_pool(None, "none", DATASET, None) is None
+
+
 def test_lists_that_differ_say_in_which_members():
     same = ({"classes": ["a", "b", "c"]}, {"classes": ["a", "d", "c"]})
     with pytest.raises(UserError, match="missing: b; too many: d"):
@@ -437,5 +476,7 @@ def test_a_share_s_bad_moment_is_no_fault_of_a_picture(tmp_path, monkeypatch, ca
         lenient.open(train, [16, 16])
     assert "start again when the disk or share answers" in cli.in_one_line(
         OSError(errno.EIO, "Input/output error", "x"))
+    assert "start again when nothing moves files there" in cli.in_one_line(
+        OSError(errno.ENOENT, "No such file or directory", "x"))
     monkeypatch.undo()
     assert len(lenient.open(train, [16, 16]).paths) == 9
