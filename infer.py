@@ -157,6 +157,8 @@ def low_bytes(image, content):
     """
     native = {"little": "16L", "big": "16B"}[sys.byteorder]
     args = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
+    if image.format == "PPM" and image.mode == "RGB" and max([0, *args[0][1:]]) > 255:
+        raise ValueError("16-bit colours in a .ppm, of which 8 bits would be read; save it as PNG")
     layout = str(args[0][0]).replace("16N", native) if args else None
     tags = image.tag_v2 if image.format == "TIFF" else {}
     if layout in OTHER_BYTE and tags.get(PLANES) != 2:
@@ -195,15 +197,15 @@ def list_pictures(names):
     """Paths of files as given, patterns expanded, folders searched through, all sorted."""
     for name in names:
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        files = list(filter(os.path.isfile, matches))  # no pipe, which never ends
         if not matches:
             raise Refused(f"{name}: no such file or folder")
-        yield from map(Path, files)
-        for folder in filter(os.path.isdir, [] if files else matches):
+        found = set(map(Path, filter(os.path.isfile, matches)))  # no pipe, which never ends
+        for folder in filter(os.path.isdir, matches):
             left_out = Counter()
-            yield from sorted(Path(entry) for entry in pictures_below(folder, left_out))
+            found.update(Path(entry) for entry in pictures_below(folder, left_out))
             if left_out:
                 say(printable(left_out_line(folder, left_out)))
+        yield from sorted(found)
 
 
 def pictures_below(folder, left_out, above=None, tolerant=False):
@@ -380,15 +382,24 @@ def load_torchscript(data, threads):
 
 
 def first_working_engine(load, frame):
-    """(student, engine): load() under the first of ENGINES, which round differently, that works."""
+    """(student, engine): load() under the first of ENGINES, which round differently, that works.
+
+    Raises the last one's RuntimeError where none does.
+    """
     from torch.backends import quantized
+    failed = None
     for engine in (*ENGINES, "none"):  # which is enough for float32
-        with suppress(RuntimeError):  # also where torch has no such engine
+        try:
             quantized.engine = engine  # a file is packed for it while it is loaded
+        except RuntimeError:  # this torch has no such engine
+            continue
+        try:
             student = load()
             student(frame)
             return student, engine
-    raise RuntimeError("no int8 engine of this torch works")
+        except RuntimeError as error:
+            failed = error
+    raise failed
 
 
 def load_onnx(data, threads):
@@ -549,8 +560,8 @@ def watch(folder, judge, report):
 
     judged.jsonl gets a line per picture, after its heatmap and before its report; where one of the
     three cannot be written, the picture counts as not judged. A kill between the last two leaves a
-    line that was not reported. A picture that is moved to another folder, or whose size or time of
-    change is set anew, is another one.
+    line that was not reported. A picture that is renamed or moved, or whose size or time of change
+    is set anew, is another one.
     """
     with only_watcher(folder), open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
         judged = judged_before(log)
@@ -572,6 +583,8 @@ def watch(folder, judge, report):
             if not verdict or ("error" in verdict and stamp(path) != key[1:]):
                 continue  # it is still being written, or was taken away before it was read
             if verdict.get("passing"):
+                if not rested(key):  # its writer may hold it for a moment
+                    continue
                 if key not in later:
                     report(verdict)
                 later[key] = time.monotonic() + AGAIN
@@ -672,8 +685,16 @@ def arrivals(folder, judged):
             say(printable(line))
         for key in sorted(fresh, key=lambda key: (key[2], key[0])):
             yield Path(folder, key[0]), key
-        before = now
-        time.sleep(max(POLL, took, 20 * busy))  # half of a share's time, 5 % of a core at most
+        waiting, before = now - before - judged, now
+        # Half of a share's time; 5 % of a core at most, unless a picture waits for a second look.
+        time.sleep(max(POLL, took, 0 if waiting else 20 * busy))
+
+
+def begun(stream):
+    """Whether what a stream writes to is a file with something in it, as after `>>`."""
+    with suppress(OSError, ValueError):  # no file at all
+        return os.fstat(stream.fileno()).st_size > 0
+    return False
 
 
 def check_reading():
@@ -740,7 +761,7 @@ def run():
               f"p95 {p95:.2f} ms, p99 {p99:.2f} ms (n = 490)")
     if args.info or args.benchmark:
         return 0
-    if args.csv:
+    if args.csv and not begun(sys.stdout):
         print(*FIELDS, sep=",")
     if args.watch:
         try:

@@ -22,7 +22,8 @@ def score(probabilities, labels, good=()):
 
     probabilities: float [N, K], rows summing to 1; labels: int [N] in [0, K). Balanced accuracy is
     the mean per-class recall; macro F1 the mean per-class F1. good: numbers of the classes that are
-    no defect; "auroc" is of the defect scores, where there are good parts and defects.
+    no defect; "auroc" is of the defect scores, where there are good parts and defects; the recall
+    of a class without pictures is None.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
@@ -41,7 +42,7 @@ def score(probabilities, labels, good=()):
         "ece": ece(probabilities, labels),
         "n": len(labels),
         **({"auroc": auroc(scores, defective)} if both else {}),
-        "recall": recall.tolist(),
+        "recall": [r if n else None for r, n in zip(recall.tolist(), true)],
         "confusion_matrix": matrix.tolist(),
     }
 

@@ -190,6 +190,10 @@ def test_a_pattern_that_matches_only_folders_means_what_is_in_them(tmp_path):
     paths = list(infer.list_pictures([f"{tmp_path}/*"]))
     assert paths == [tmp_path / "one" / "a.png", tmp_path / "two" / "b.png"]
     assert list(infer.list_pictures([f"{tmp_path}/**"])) == paths
+    (tmp_path / "stray.png").touch()  # beside folders, each picture once
+    for pattern in ("*", "**"):
+        found = list(infer.list_pictures([f"{tmp_path}/{pattern}"]))
+        assert found == [*paths[:1], tmp_path / "stray.png", *paths[1:]]
 
 
 def test_names_forge_no_line_and_drive_no_terminal_and_lead_back_to_the_file(
@@ -484,6 +488,7 @@ def test_a_passing_error_is_told_once_tried_again_and_not_recorded(tmp_path, mon
 
     monkeypatch.setattr(infer.time, "sleep", sleep)
     monkeypatch.setattr(infer, "AGAIN", 0)
+    monkeypatch.setattr(infer, "SETTLE", 0)
     with pytest.raises(KeyboardInterrupt):
         infer.watch(tmp_path, lambda path, ready: next(answers), told.append)
     assert ["error" in verdict for verdict in told] == [True, False]
@@ -622,6 +627,26 @@ def test_a_picture_that_cannot_be_read_is_in_the_output_of_json_and_csv(
     assert line.endswith("bad.png,,,,") and header.count(",") == line.count(",")
 
 
+def test_a_log_of_csv_that_is_appended_to_has_one_header(edge, tmp_path, infer_here):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    log = tmp_path / "log.csv"
+    words = [sys.executable, ROOT / "infer.py", "--model", edge / "student.ts", "--csv"]
+    for _ in range(2):
+        with open(log, "a") as file:
+            subprocess.run([*words, tmp_path / "bad.png"], stdout=file, stderr=subprocess.DEVNULL)
+    assert log.read_text().count(",".join(infer.FIELDS)) == 1
+    assert log.read_text().count("bad.png") == 2
+
+
+def test_a_writer_that_holds_its_picture_for_a_moment_makes_no_row(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+    answers = iter([{"path": "a.png", "error": "held", "passing": True}] * 3
+                   + [{"path": "a.png", "class": "level"}])
+    monkeypatch.setattr(infer, "AGAIN", 10)
+    told = watched(tmp_path, lambda path, ready: next(answers), monkeypatch, 1)
+    assert told == [{"path": "a.png", "class": "level"}]
+
+
 def test_a_picture_without_contrast_is_noted(edge, tmp_path, infer_here):
     Image.new("RGB", (96, 96), (3, 3, 3)).save(tmp_path / "dark.png")
     run = infer_here("--model", edge / "student.ts", tmp_path / "dark.png")
@@ -718,7 +743,6 @@ def test_a_whole_model_that_the_runtime_cannot_run_says_which_runtime(edge, monk
         raise RuntimeError("Unknown builtin op: aten::new\nmore lines")
 
     monkeypatch.setattr(torch.jit, "load", too_old)
-    monkeypatch.setattr(infer, "first_working_engine", lambda load, frame: (load(), "x86"))
     said = refusal(edge / "student.ts")
     assert f"is whole, but torch {torch.__version__.split('+')[0]}" in said
     assert "Unknown builtin op" in said and "oldest that works" in said

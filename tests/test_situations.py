@@ -96,6 +96,13 @@ def test_16_bit_colours_in_a_layout_that_pillow_reads_wrongly_are_refused():
         infer.decode(tiff_of_16_bits(values, "<", planes=2))
 
 
+def test_16_bit_colours_of_a_ppm_are_refused_since_pillow_reads_8_of_them():
+    with pytest.raises(ValueError, match="16-bit colours in a .ppm.*save it as PNG"):
+        infer.decode(b"P6 2 1 65535\n" + bytes(12))
+    assert infer.decode(b"P6 2 1 255\n" + bytes(6))[0].shape == (1, 2, 3)
+    assert infer.decode(b"P5 2 1 65535\n" + bytes(4))[1] == 0
+
+
 @pytest.mark.parametrize("values, white_level, flag", [
     (np.linspace(0, 1, 64, dtype=np.float32), 65535, 1),
     (np.arange(64, dtype=np.uint16) * 4, 65535, 255),
