@@ -86,6 +86,27 @@ def test_twins_stay_on_one_side_and_a_line_says_so(parts, capfd):
     assert dataset["held_out"] == val.paths()
 
 
+def test_shots_of_a_burst_stay_on_one_side_though_each_is_linked_to_its_likest_alone(tmp_path):
+    # By name the outer shots come first, 16 px from each other, too far to be linked; the third,
+    # between them, is linked to one of the two.
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for burst in range(10):
+            coarse = Image.fromarray(rng.normal(128, 50, (5, 5)).astype(np.float32))
+            scene = np.asarray(coarse.resize((160, 160), Image.BICUBIC))
+            scene = (scene + rng.normal(0, 25, scene.shape)).clip(0, 255).astype(np.uint8)
+            for number, shift in enumerate((0, 16, 8)):
+                shot = Image.fromarray(scene[:128, shift:shift + 128])
+                shot.save(tmp_path / "train" / name / f"{burst}_{number}.png")
+    cache = DecodedCache(tmp_path / "decoded")
+    split = {"dir": tmp_path, "val_fraction": 0.34, "group_regex": None, "dropped": []}
+    train, val, _ = splits.open_training(
+        cache, {**split, "view_size": [128, 128], "white_level": WHITE_LEVEL})
+    sides = [{path.rsplit("_", 1)[0] for path in each.paths()} for each in (train, val)]
+    assert len(val) == 18 and not sides[0] & sides[1]
+
+
 def test_twins_and_named_groups_are_joined(parts, capfd):
     train, val, _ = open_training(parts, group_regex=r"/z?[clu]00(\d)")
     number_of = [{name[-1] for name in pairs_of(side)} for side in (train, val)]
