@@ -35,6 +35,7 @@ def hold_out(home, train, classes, share, group_regex=None):
         missed = across(home, train, val)
         if not missed:
             break
+        print(f"{len(missed)} near-duplicates on two sides, which are drawn again")
         clusters = joined(clusters, missed)
         val = draw(labels, clusters, share)
     for line in cluster_lines(train.paths(), labels, clusters, parts, classes):

@@ -86,7 +86,9 @@ def test_twins_stay_on_one_side_and_a_line_says_so(parts, capfd):
     assert dataset["held_out"] == val.paths()
 
 
-def test_shots_of_a_burst_stay_on_one_side_though_each_is_linked_to_its_likest_alone(tmp_path):
+def test_shots_of_a_burst_stay_on_one_side_though_each_is_linked_to_its_likest_alone(
+    tmp_path, capfd
+):
     # By name the outer shots come first, 16 px from each other, too far to be linked; the third,
     # between them, is linked to one of the two.
     rng = np.random.default_rng(0)
@@ -105,6 +107,7 @@ def test_shots_of_a_burst_stay_on_one_side_though_each_is_linked_to_its_likest_a
         cache, {**split, "view_size": [128, 128], "white_level": WHITE_LEVEL})
     sides = [{path.rsplit("_", 1)[0] for path in each.paths()} for each in (train, val)]
     assert len(val) == 18 and not sides[0] & sides[1]
+    assert "near-duplicates on two sides, which are drawn again" in capfd.readouterr().out
 
 
 def test_twins_and_named_groups_are_joined(parts, capfd):
