@@ -35,7 +35,8 @@ from common.views import ViewRecipe, render
 
 # Stored by default: of few pictures many views, since a student learns those by heart that it sees
 # again. From scratch the embedded set's has a quarter of the steps.
-PICTURE_VIEWS, SHORT_VIEWS, FEWEST, MOST = 20_000, 10_000, 4, 200  # each view is an open file
+PICTURE_VIEWS, SHORT_VIEWS, FEWEST, MOST = 20_000, 10_000, 4, 200
+OPEN_FILES = 500  # views that may be asked for: each is one, and many systems allow a process 1024
 OF_TEACHER = ("weights_sha256", "model", "img_size")  # what ensemble.json says of each
 NOISE = 1e-3  # of a logit, for --check: what float32 adds up to over the layers
 # Seeds from here on are no teacher's: where it was trained, it would repeat the label.
@@ -90,6 +91,8 @@ def main():
 
 def build(args):
     """Fit the mixture on validation, then store what the teachers say of every view."""
+    if args.views and args.views > OPEN_FILES:
+        raise UserError(f"--views {args.views}: at most {OPEN_FILES}, since each is an open file")
     paths = args.checkpoint or find_teachers()
     device = cli.pick_device(args.device)
     teachers, states = load_teachers(paths, device)

@@ -27,7 +27,7 @@ from PIL import ExifTags, Image
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 from common import cli, distributed, folders, models, splits, training, validation
-from common.files import UserError, px
+from common.files import UserError, px, some_of
 from common.pictures import WHITE_LEVEL, list_pictures
 from common.views import ViewRecipe, render
 from infer import FORMATS, decode
@@ -42,6 +42,7 @@ EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes
 VAL_FRACTION = 0.2
 AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default view size
 OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
+SLOWEST = 0.75**13  # share of the learning rate that the first block of a ViT of 12 has
 STRIDE = 32  # px of a picture for one of a network's last features
 LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
 UNEQUAL = 4  # times another class's pictures from which on a line says so
@@ -192,13 +193,14 @@ def choose_img_size(name, view_size, asked):
     """[H, W] that a model sees: what is asked for, or what it takes that is like the view size.
 
     Where the model has windows or halves its maps evenly, that is in whole steps of STRIDE; where
-    it has a place for each patch of a square, it is a square of about as many pixels.
+    it has a place for each patch of a square, it is a square of about as many pixels; else its own.
     """
     if asked:
         return models.size_that_fits(name, [asked])
     whole = [-(-side // STRIDE) * STRIDE for side in view_size]
     side = STRIDE * max(1, round(np.prod(view_size) ** 0.5 / STRIDE))
-    size = models.size_that_fits(name, [view_size, whole, [side, side]])
+    sizes = [view_size, whole, [side, side], models.own_size(name)]
+    size = models.size_that_fits(name, sizes)
     if size != view_size:
         print(f"{name} does not take {px(view_size)}: it sees the views at {px(size)}")
     return size
@@ -317,6 +319,10 @@ def create(number, dataset, img_size, args):
     )
     if not models.starts_warm(vars(args)):
         return model, parameter_groups(model, args.weight_decay)
+    others = models.normalised_otherwise(args.model[number]) if args.weights else []
+    if others:
+        print(f"{args.model[number]}: normalises pictures as its own weights want them; those of "
+              f"{some_of(others)} want others, and to be named so: --model {others[0]}")
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)
 
@@ -364,7 +370,8 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
         return param_groups_weight_decay(backbone, weight_decay, no_weight_decay_list=skip)
     head = {id(p) for each in models.heads(backbone) for p in each.parameters()}
     groups = param_groups_layer_decay(
-        backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
+        backbone, weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay,
+        min_scale=SLOWEST,
     )
     split = []
     for group in groups:
@@ -379,7 +386,8 @@ def parameter_groups(model, weight_decay, layer_decay=None, backbone_lr=None):
 def fine_tuning_rates(backbone):
     """(backbone_lr, layer_decay) for `parameter_groups`: steep for transformers, flat for CNNs.
 
-    A CNN has more blocks, so a transformer's decay would freeze its early ones.
+    A CNN has more blocks, so a transformer's decay would freeze its early ones; those of deeper
+    transformers, and of CNNs that attend, learn as fast as the first of 12 blocks (SLOWEST).
     """
     return (0.1, 0.75) if attends(backbone) else (1.0, 0.95)
 

@@ -72,9 +72,13 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     except UserError:
         raise
     except Exception as error:  # timm and the hub raise many kinds
-        reason = first_line(error, 160)
+        reason, misfit = first_line(error, 160), "size mismatch" in str(error)
+    own = px(own_size(name)).removesuffix(" px")
+    hint = f"; its own are for {own} px, so try --img-size {own}" if misfit else ""
     if weights:
-        raise UserError(f"--weights {weights} does not load into {name}: {reason}")
+        raise UserError(f"--weights {weights} does not load into {name}: {reason}{hint}")
+    if pretrained and hint:
+        raise UserError(f"--pretrained: the weights of {name} do not fit {px(img_size)}{hint}")
     if pretrained:
         raise UserError(
             f"--pretrained: no weights for {name} ({reason}); without a network, "
@@ -87,7 +91,7 @@ def build_teacher(name, classes, img_size, pretrained=False, weights=None):
     """`create_teacher`, with whatever timm and the hub raise."""
     options = {"num_classes": classes, "pretrained": pretrained or weights is not None}
     if weights is not None:
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        options["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": True}
         if not str(weights).endswith(".npz"):  # of JAX, which timm renames by itself
             state = read_teacher_weights(weights, name, classes)
             options["pretrained_cfg_overlay"] = {"state_dict": state}
@@ -113,6 +117,20 @@ def create_backbone(name, img_size, options):
         with suppress(TypeError):
             return timm.create_model(name, **options, **more)
     return timm.create_model(name, **options)
+
+
+def own_size(name):
+    """[H, W] in px of the pictures that a timm model was made for."""
+    return list(timm.get_pretrained_cfg(name).input_size[-2:])
+
+
+def normalised_otherwise(name):
+    """Names with a tag, of weights of a timm model that want another mean and deviation than it."""
+    def wanted(each):
+        config = timm.get_pretrained_cfg(each)
+        return config.mean, config.std
+    tagged = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    return [each for each in tagged if wanted(each) != wanted(name)]
 
 
 def heads(backbone):
@@ -267,6 +285,8 @@ def on_device(model, device):
                 module.fused_attn = False
             if isinstance(module, nn.Conv2d) and module.groups > 1:
                 module.forward = partial(in_float32, module.forward)
+    if any(p.dim() > 4 for p in model.parameters()):  # channels_last is of pictures alone
+        return model.to(device)
     return model.to(device, memory_format=torch.channels_last)
 
 

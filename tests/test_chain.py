@@ -234,6 +234,15 @@ def test_fine_tuning_holds_a_transformers_early_blocks_back_and_lets_a_cnns_move
     assert slowest["test_vit"] < 0.06 and slowest["test_resnet"] > 0.7
 
 
+def test_a_deep_transformers_first_block_learns_as_fast_as_that_of_twelve():
+    def rates(name):
+        model = models.create_teacher(name, 3, [32, 32])
+        return [group["lr_scale"] for group in train_teacher.parameter_groups(model, 0, 0.75, 0.1)]
+
+    twelve, deep = rates("vit_tiny_patch16_224"), rates("cait_xxs24_224")
+    assert min(twelve) == pytest.approx(0.1 * 0.75**12) and min(deep) == min(twelve)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "coatnet_pico_rw_224"])  # the latter convolves too
 def test_bfloat16_on_a_cpu_leaves_slow_operations_out_and_answers_as_before(name, monkeypatch):
     monkeypatch.setattr(models, "precision", lambda device: torch.bfloat16)
@@ -275,9 +284,9 @@ def test_what_attends_is_told_by_its_heads_and_not_by_its_name():
 
 
 def test_a_network_sees_the_rectangle_or_what_it_takes_that_is_like_it(capsys):
-    # any size; whole patches of 16; whole strides of 32, since it has windows; a square
+    # any size; whole patches of 16; whole strides of 32, since it has windows; a square; its own
     seen = {"test_resnet": [80, 200], "test_vit": [80, 208], "coatnet_nano_rw_224": [96, 224],
-            "convit_tiny": [128, 128]}
+            "convit_tiny": [128, 128], "crossvit_tiny_240": [240, 240]}
     for name, size in seen.items():
         assert train_teacher.choose_img_size(name, [80, 200], None) == size
         model = models.create_teacher(name, 3, size)

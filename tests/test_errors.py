@@ -154,6 +154,10 @@ def test_run_folders_in_use_and_resume_of_nothing(refused, tmp_path):
     assert "holds no run" in refused(train_teacher, *nothing, *PARTS)
 
 
+def test_more_views_than_a_process_may_open_files_are_refused(refused):
+    assert "--views 501: at most 500" in refused(build_ensemble, "--views", 501, *CPU)
+
+
 def test_a_finished_run_that_lost_its_last_pt_is_never_begun_anew_by_resume(refused, tmp_path):
     folder = tmp_path / "test_resnet"
     folder.mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import CPU, DATASET, VIEW_SIZE, call, make_set
 from PIL import Image
@@ -410,6 +411,20 @@ def test_our_own_model_is_a_start_and_weights_that_do_not_fit_are_refused(inside
         name = "test_vit" if file == ours else "test_resnet"
         with pytest.raises(UserError, match=words):
             models.create_teacher(name, 2, [32, 32], weights=file)
+
+
+def test_weights_that_are_for_one_size_say_which(tmp_path):
+    torch.save(timm.create_model("convit_tiny").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="its own are for 224 px, so try --img-size 224"):
+        models.create_teacher("convit_tiny", 2, [128, 128], weights=tmp_path / "w.pth")
+    models.create_teacher("convit_tiny", 2, [224, 224], weights=tmp_path / "w.pth")
+
+
+def test_weights_that_want_other_brightness_are_named():
+    assert "vit_tiny_patch16_224.augreg_in21k" not in models.normalised_otherwise(
+        "vit_tiny_patch16_224")
+    assert "vit_base_patch16_224.mae" in models.normalised_otherwise("vit_base_patch16_224")
+    assert models.normalised_otherwise("vit_small_patch14_dinov2") == []
 
 
 # --------------------------------------------------------------------------------- good and bad
