@@ -77,11 +77,8 @@ def evaluate(args):
     device, cache = cli.pick_device(args.device), cli.decoded_cache(args)
     tested = open_models(names)
     first = tested[names[0]]
-    trained = next((model for model in tested.values() if "dir" in model.dataset), None)
+    trained = first_trained(tested)
     dataset = trained and trained.dataset
-    if others := of_other_pictures(tested, trained):
-        print(f"warning: {some_of(others)}: trained on other pictures than the models before, so "
-              "test pictures may be among them, and the audit does not look there")
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
     test_dirs = args.test_dirs or find_tests(args.data_dir or (dataset and dataset["dir"]))
@@ -247,19 +244,20 @@ def of_other_ensembles(tested):
             if ensembles and header.get("ensemble_sha256") not in known]
 
 
-def of_other_pictures(tested, trained):
-    """Names of models whose training pictures or split are not those of the model `trained`.
+def first_trained(tested):
+    """The first `Model` that says where its training pictures lie, or None.
 
-    Only of views of its size: fingerprints of others differ anyway.
+    A line names those of the same view size that were trained on others or on another split; of
+    other sizes fingerprints differ anyway.
     """
-    if trained is None:
-        return []
-    kept = ("fingerprint", "held_out", "dropped")
-    return [
-        name for name, model in tested.items()
-        if model.kind != "exported" and model.reading == trained.reading
-        and any(model.dataset[key] != trained.dataset[key] for key in kept)
-    ]
+    knowing = {name: model for name, model in tested.items() if "dir" in model.dataset}
+    first, kept = next(iter(knowing.values()), None), ("fingerprint", "held_out", "dropped")
+    others = [name for name, model in knowing.items() if model.reading == first.reading
+              and any(model.dataset[key] != first.dataset[key] for key in kept)]
+    if others:
+        print(f"warning: {some_of(others)}: trained on other pictures than the models before, so "
+              "test pictures may be among them, and the audit does not look there")
+    return first
 
 
 def find_tests(data_dir):

@@ -58,8 +58,10 @@ def hold_out(home, train, classes, share, group_regex=None):
 
 
 def across(home, train, val):
-    """Near-duplicates [(i, j)] on two sides, of which the first search, that names the likest of
-    all other pictures alone, missed some. train: `Pictures`; val: the rows that validate."""
+    """Near-duplicates [(i, j)] on two sides, which the search among all pictures may have missed.
+
+    It names the likest picture alone. train: `Pictures`; val: the rows that validate.
+    """
     rows = np.concatenate([val, np.setdiff1d(np.arange(len(train)), val)])
     begin = np.repeat([0, len(val)], [len(val), len(rows) - len(val)])
     return [(rows[i], rows[j]) for i, j, *_ in compare(home, train.take(rows), begin)]
