@@ -307,7 +307,10 @@ class Run:
     def fit_biases(self, logits, val):
         """Make classes weigh alike. logits: float32 [N, K], what the model says of val."""
         parts = groups_of(below(val), self.header["dataset"]["group_regex"])
-        shift_logits(self.model, fit_biases(logits, val.labels, parts))
+        by = fit_biases(logits, val.labels, parts)
+        shift_logits(self.model, by)
+        moved = ", ".join(f"{name} {b:+.2f}" for name, b in zip(self.header["classes"], by))
+        tqdm.write(f"{self.folder}: biases fitted on validation: {moved}")
 
     def log(self, loss, metrics):
         """Add a row to the training curve and print it, with the time that is left."""

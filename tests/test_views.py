@@ -213,7 +213,7 @@ def test_no_view_of_the_ensemble_is_one_that_a_teacher_was_trained_on(
 
 
 def test_balance_classes_draws_as_many_of_each_in_both_trainings(
-    inside, no_export, monkeypatch, tmp_path
+    inside, no_export, monkeypatch, tmp_path, capfd
 ):
     batches = []
 
@@ -229,6 +229,8 @@ def test_balance_classes_draws_as_many_of_each_in_both_trainings(
     what = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet")
     assert call(train_teacher.main, *what, *how) == 0
     assert call(distill.main, "--alpha", 0, *how) == 0
+    moved = "biases fitted on validation: cross +0.00, level +1000.00, upright +0.00"
+    assert capfd.readouterr().out.count(moved) == 2
     for folder in ("run/test_resnet", "run"):  # biases are in the model, and in what it says
         state = models.load_checkpoint(tmp_path / folder / "model.pt")
         *_, last = state["state_dict"].values()
