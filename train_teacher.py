@@ -42,7 +42,7 @@ EMBEDDED_SIZE = 64  # px; its defects are large, so that its chain takes minutes
 VAL_FRACTION = 0.2
 AREA, MULTIPLE, SMALLEST, LARGEST = 128**2, 16, 32, 4096  # px of the default view size
 OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
-SLOWEST = 0.75**13  # share of the learning rate that the first block of a ViT of 12 has
+SLOWEST = 0.75**13  # timm's scale of the learning rate of the first layers of a ViT of 12 blocks
 STRIDE = 32  # px of a picture for one of a network's last features
 LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
 UNEQUAL = 4  # times another class's pictures from which on a line says so
@@ -142,10 +142,10 @@ def main():
                 "view_recipe": recipe.as_dict(),
                 "args": vars(args),
             })
-            for home, resume in list(zip(homes, resumed))[number:]:
+            run.start(resumed[number])
+            for home, resume in list(zip(homes, resumed))[number + 1:]:
                 if not resume:  # else --resume would take an old run for a finished one
                     training.remove_run(home)
-            run.start(resumed[number])
             print(f"{name} at {px(model.img_size)}: {len(train)} pictures, {run}")
             fit(run, train, val, recipe, args)
             cli.lap("training")

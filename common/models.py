@@ -73,8 +73,10 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
         raise
     except Exception as error:  # timm and the hub raise many kinds
         reason, misfit = first_line(error, 160), "size mismatch" in str(error)
-    own = px(own_size(name)).removesuffix(" px")
-    hint = f"; its own are for {own} px, so try --img-size {own}" if misfit else ""
+    hint, own = "", own_size(name)
+    if misfit and own != list(img_size):
+        side = px(own).removesuffix(" px")
+        hint = f"; its own are for {side} px, so try --img-size {side}"
     if weights:
         raise UserError(f"--weights {weights} does not load into {name}: {reason}{hint}")
     if pretrained and hint:

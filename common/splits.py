@@ -108,7 +108,7 @@ def open_training(cache, dataset, moved_to=None):
 
 def require_named(pictures, paths, folder):
     """Raise a UserError where one of the paths is of no picture: held out or left out by name."""
-    if gone := set(paths) - set(pictures.paths()):
+    if gone := set(paths).difference(pictures.paths()):
         raise UserError(
             f"{folder}: was divided by names, and has no {min(gone)} any more; "
             "call its folders as they were called, or train again"
@@ -152,12 +152,12 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     unlabelled: as ensemble.json has it, or None; folder: where they lie now, None for where they
     lay or, where the data folder has moved, in that. Raises UserError where they are not the same.
     """
-    if unlabelled is None and folder not in (None, "none"):
-        raise UserError(
-            f"--unlabelled {folder}: the ensemble was built without unlabelled pictures; "
-            "build it again with them"
-        )
     if unlabelled is None:
+        if folder not in (None, "none"):
+            raise UserError(
+                f"--unlabelled {folder}: the ensemble was built without unlabelled pictures; "
+                "build it again with them"
+            )
         return None
     beside = folders.part_folder(dataset["dir"], "unlabelled")
     if folder is None:

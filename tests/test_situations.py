@@ -418,6 +418,11 @@ def test_weights_that_are_for_one_size_say_which(tmp_path):
     with pytest.raises(UserError, match="its own are for 224 px, so try --img-size 224"):
         models.create_teacher("convit_tiny", 2, [128, 128], weights=tmp_path / "w.pth")
     models.create_teacher("convit_tiny", 2, [224, 224], weights=tmp_path / "w.pth")
+    other = timm.create_model("convit_tiny", embed_dim=96).state_dict()  # no size helps it
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not load into convit_tiny") as refused:
+        models.create_teacher("convit_tiny", 2, [224, 224], weights=tmp_path / "other.pth")
+    assert "--img-size" not in str(refused.value)
 
 
 def test_weights_that_want_other_brightness_are_named():
