@@ -77,7 +77,7 @@ def evaluate(args):
     device, cache = cli.pick_device(args.device), cli.decoded_cache(args)
     tested = open_models(names)
     first = tested[names[0]]
-    trained = first_trained(tested)
+    trained, lines = first_trained(tested)
     dataset = trained and trained.dataset
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
@@ -90,14 +90,14 @@ def evaluate(args):
     cli.lap("pictures")
 
     # Can the pictures be trusted?
-    audited, findings, lines = {}, None, []
+    audited, findings = {}, None
     if not args.skip_audit:
         specs = [model.header for model in tested.values() if model.kind == "ensemble"]
         audited = audit.open_training_sets(cache, dataset, specs, args.data_dir)
     if audited:
         audited |= tests[trained.reading]
         findings = audit.audit(cache, dataset, audited)
-        lines = audit.audit_lines(findings, first.dataset["classes"], dataset["group_regex"])
+        lines += audit.audit_lines(findings, first.dataset["classes"], dataset["group_regex"])
     print("".join(f"audit: {line}\n" for line in lines), end="")
     cli.lap("audit")
 
@@ -198,7 +198,7 @@ def name_models(paths, baseline):
         return names, None
     same = [name for name in names if Path(name).resolve() == Path(baseline).resolve()]
     baseline = Path(baseline).as_posix()
-    return (names, same[0]) if same else ([baseline, *names], baseline)
+    return (names, same[0]) if same else ([*names, baseline], baseline)
 
 
 def open_models(names):
@@ -245,19 +245,27 @@ def of_other_ensembles(tested):
 
 
 def first_trained(tested):
-    """The first `Model` that says where its training pictures lie, or None.
+    """(the first `Model` that says where its training pictures lie, or None; lines for people).
 
-    A line names those of the same view size that were trained on others or on another split; of
-    other sizes fingerprints differ anyway.
+    The line names those that were trained on others or on another split.
     """
-    knowing = {name: model for name, model in tested.items() if "dir" in model.dataset}
-    first, kept = next(iter(knowing.values()), None), ("fingerprint", "held_out", "dropped")
-    others = [name for name, model in knowing.items() if model.reading == first.reading
-              and any(model.dataset[key] != first.dataset[key] for key in kept)]
-    if others:
-        print(f"warning: {some_of(others)}: trained on other pictures than the models before, so "
-              "test pictures may be among them, and the audit does not look there")
-    return first
+    knowing = (model for model in tested.values() if "dir" in model.dataset)
+    first = next(knowing, None)
+    others = [name for name, model in tested.items() if first and trained_on_others(model, first)]
+    said = f"{some_of(others)}: trained on other pictures than the models before"
+    unseen = "so test pictures may be among them, and the audit does not look there"
+    return first, [f"{said}, {unseen}"] if others else []
+
+
+def trained_on_others(model, first):
+    """Whether a `Model` learnt from other pictures, or from another split of them, than the first.
+
+    Fingerprints are compared between models of one view size alone, folders between others.
+    """
+    theirs, ours = ({"fingerprint": each.header.get("data_fingerprint"), **each.dataset}
+                    for each in (model, first))
+    kept = ["fingerprint" if model.reading == first.reading else "dir", "held_out", "dropped"]
+    return any(key in theirs and theirs[key] != ours[key] for key in kept)
 
 
 def find_tests(data_dir):

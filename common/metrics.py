@@ -109,7 +109,7 @@ def difference(rights_a, rights_b):
 
     rights_a, rights_b: one bool [N_set] per test set. `interval`, of 95 %, takes two pictures more,
     spread over all cells of the sets' tables of two by two (Agresti and Min 2005; Price and Bonett
-    2008), without which it would be too narrow where the two seldom differ. `wins` and `losses`
+    2004), without which it would be too narrow where the two seldom differ. `wins` and `losses`
     count the pictures that only a or only b got right, over all sets, and `p` is `sign_test` of
     them.
     """
@@ -138,10 +138,10 @@ def sign_test(wins, losses):
 
 def verdict(comparison):
     """A `difference` in words, at 5 %: "better than", "worse than" or "not told apart from"."""
-    lead = comparison["wins"] - comparison["losses"]
-    if comparison["p"] > 0.05 or lead * comparison["difference"] <= 0:  # of sets of unequal size
+    low, high = comparison["interval"]
+    if comparison["p"] > 0.05 or low <= 0 <= high:  # sets of unequal size may contradict the count
         return "not told apart from"
-    return "better than" if lead > 0 else "worse than"
+    return "better than" if low > 0 else "worse than"
 
 
 def binomial(n, p):

@@ -107,9 +107,9 @@ def require_match(paths, pattern):
 
 
 def part_of(path, pattern):
-    """The first match group of a pattern in a path, None where it does not match."""
+    """The first match group of a pattern in a path, None where it does not match or is empty."""
     match = re.search(pattern, path)
-    return match and (match.group(1) or "")
+    return match and match.group(1) or None
 
 
 def joined(groups, pairs):

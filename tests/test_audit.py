@@ -64,11 +64,13 @@ def sets_of(root, size=128):
 
 
 def copies_in(sets):
-    return find_copies(sets, sum(list(sets.values())[1:], start=sets["train"])).values()
+    found = find_copies(sets, sum(list(sets.values())[1:], start=sets["train"]))
+    return found["copies"], found["conflicts"]
 
 
-def audited(root, classes, size=128):
+def audited(root, classes, size=128, group_regex=None):
     cache, dataset = DecodedCache(root / "decoded"), {**DATASET, "view_size": [size, size]}
+    dataset["group_regex"] = group_regex
     return "\n".join(audit_lines(audit(cache, dataset, sets_of(root, size)), classes))
 
 
@@ -195,6 +197,19 @@ def test_a_shortcut_and_a_small_class_are_named(tmp_path):
     assert "test: fewer than 10 pictures of bad (4), good (4)" in text
 
 
+def test_parts_that_training_shows_and_repeats_within_a_test_set_are_named(tmp_path):
+    for number in range(12):
+        put(tmp_path / "train", number, picture(number))
+        put(tmp_path / "test", number + 11, picture(number + 20))  # 11 is a part of train
+    for twin in (50, 51):
+        put(tmp_path / "test", twin, picture(20), CLASSES[5])
+    text = audited(tmp_path, CLASSES, group_regex=r"/(\d+)")
+    assert "1 pictures of test show parts that training shows, by --group-regex: test/" in text
+    assert "2 of 14 pictures of test repeat others of it, so its intervals are too narrow" in text
+    text = audited(tmp_path, CLASSES, group_regex=r"train(\d+)")
+    assert "--group-regex matches no picture of test, so each counts alone" in text
+
+
 def test_labels_that_all_teachers_reject_are_ranked_the_surest_first():
     labels = np.array([0, 0, 0, 1, 1, 1, 1])
     p = [0.9, 0.8, 0.1, 0.2, 0.1, 0.55, 0.7]  # of class 0
@@ -259,7 +274,8 @@ def test_the_pool_and_test_sets_of_any_name_are_audited(inside, tmp_path, capfd)
 
 def test_one_line_names_three_of_hundreds_of_classes():
     findings = {"compared_at": [128, 128], "copies": [], "conflicts": [], "groups": None,
-                "sizes": {}, "shortcuts": {}, "per_class": {"test": [5] * 300}}
+                "repeats": {}, "parts": {}, "sizes": {}, "shortcuts": {},
+                "per_class": {"test": [5] * 300}}
     (line,) = audit_lines(findings, [f"class {k}" for k in range(300)])
     assert "class 0 (5), class 1 (5), class 2 (5) and 297 more" in line
 

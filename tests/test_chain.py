@@ -572,15 +572,18 @@ def test_evaluate_takes_any_mix_and_names_sets_by_path_when_names_collide(inside
     assert set(sets) == {"parts/test", other} and report["audit"] is None
 
 
-def test_a_model_of_other_training_pictures_is_named(inside, tmp_path, capfd):
+@pytest.mark.parametrize("size", [VIEW_SIZE, 40])
+def test_a_model_of_other_training_pictures_is_named(size, inside, tmp_path, capfd):
     make_set(tmp_path / "others", {"train": 6}, seed=1)
-    words = ("--data-dir", tmp_path / "others", "--view-size", VIEW_SIZE, "--model", "test_resnet")
+    words = ("--data-dir", tmp_path / "others", "--view-size", size, "--model", "test_resnet")
     assert call(train_teacher.main, *words, "--steps", 2, "--output", tmp_path, *CPU) == 0
     other = tmp_path / "test_resnet" / "model.pt"
     tests = ("--test-dirs", "parts/test", "--skip-audit", "--output", tmp_path / "r")
     assert call(evaluate.main, "runs/student/model.pt", "runs/ensemble", other, *tests, *CPU) == 0
-    said = capfd.readouterr().out
-    assert f"warning: {other.as_posix()}: trained on other pictures than the models before" in said
+    line = f"{other.as_posix()}: trained on other pictures than the models before"
+    assert f"audit: {line}" in capfd.readouterr().out
+    (told,) = read_report(tmp_path / "r")["audit_lines"]
+    assert told.startswith(line) and line in (tmp_path / "r" / "report.html").read_text("utf-8")
 
 
 def test_a_model_of_another_input_size_is_measured_on_its_own_views(

@@ -24,7 +24,7 @@ def logits_of(monkeypatch):
     """Replace what models say: a function takes the labels of a test set and returns its logits."""
 
     def replace(*functions):
-        turns = iter(functions)  # one per model and test set; the baseline's comes first
+        turns = iter(functions)  # one per model and test set; the baseline's comes last
 
         def predict(network, pictures, device, batch_size):
             return next(turns)(pictures.labels)
@@ -56,9 +56,10 @@ def read(folder):
     (4, "not told apart from", 0.125), (6, "better than", 0.031),
 ])
 def test_better_than_is_what_the_exact_sign_test_says(inside, tmp_path, logits_of, wins, said, p):
-    logits_of(right_but_for(wins), right_but_for(0))
+    logits_of(right_but_for(0), right_but_for(wins))
     assert call(evaluate.main, *TEACHERS, "--test-dirs", "parts/test", *QUICK, tmp_path) == 0
     text, _, content = read(tmp_path)
+    assert list(content["models"]) == [TEACHERS[0], TEACHERS[2]]  # the first says which pictures
     d = content["models"][TEACHERS[0]]["minus_baseline"]
     assert (d["interval"][0] > 0) == (said == "better than")  # the two agree here
     assert (d["wins"], d["losses"]) == (wins, 0)
@@ -73,7 +74,7 @@ def test_better_than_is_what_the_exact_sign_test_says(inside, tmp_path, logits_o
 
 
 def test_intervals_are_called_what_they_are(inside, tmp_path, logits_of, capfd):
-    logits_of(right_but_for(4), right_but_for(0))
+    logits_of(right_but_for(0), right_but_for(4))
     assert call(evaluate.main, *TEACHERS, "--test-dirs", "parts/test", *QUICK, tmp_path) == 0
     text, printed = read(tmp_path)[0], capfd.readouterr().out
     low, high = metrics.wilson(56, 60)
@@ -97,7 +98,7 @@ def test_a_target_is_met_where_the_exact_bound_on_this_set_says_so(
     assert content["good_classes"] == ["level"] and f"AUROC {100 * auroc:.1f}" in text
     assert (point["miss"]["count"], point["miss"]["n"]) == (missed, 60)
     assert f"at most 5 % of the defects missed, is {verdict} on test" in text
-    promise = f"{point['pictures']} validation pictures promise {100 * point['promised']:.1f} %"
+    promise = f"{point['pictures']} validation defects promise {100 * point['promised']:.1f} %"
     assert f"{promise}; 59 are needed {verdict}" in text  # one cell beside the other
 
 

@@ -122,6 +122,15 @@ def test_better_than_needs_the_exact_sign_test():
     assert verdict(difference([wrong], [right])) == "worse than"
 
 
+def test_of_sets_of_unequal_size_the_interval_of_their_mean_decides_too():
+    # 40 wins to 10 losses over 1000 pictures, and 1 to 1 over 40: +1.5 points, p < 0.001.
+    a, b = [np.ones(1000, bool), np.ones(40, bool)], [np.ones(1000, bool), np.ones(40, bool)]
+    b[0][:40], a[0][40:50], b[1][0], a[1][1] = False, False, False, False
+    both = difference(a, b)
+    assert both["p"] < 0.001 and both["difference"] == pytest.approx(0.015)
+    assert both["interval"][0] < 0 and verdict(both) == "not told apart from"
+
+
 def test_pictures_of_one_part_promise_no_more_than_one():
     scores, defective = np.array([0.9, 0.2, 0.8, 0.1, 0.3]), np.array([1, 1, 1, 0, 0], bool)
     scores, defective = of_parts(scores, defective, ["a", "a", "b", "c", "c"])

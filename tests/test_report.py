@@ -151,11 +151,14 @@ def test_validation_that_does_not_tell_stands_in_the_answer(inside, tmp_path, ca
 
 
 def test_val_and_test_differ_only_beyond_both_intervals():
-    test = {"accuracy": 0.85, "accuracy_interval": [0.81, 0.88]}
-    easy = {"validation": {"accuracy": 183 / 187, "n": 187}, "sets": {"test": test}}  # from 0.946
-    few = {"validation": {"accuracy": 20 / 20, "n": 20}, "sets": {"test": test}}  # from 0.839
-    (found,) = report.untold_by_validation({"a": few, "b": easy})
-    assert (found["differ"], found["models"], found["model"]) == (1, 2, "b")
+    def model(right, n, balanced):
+        return {"validation": {"accuracy": right / n, "balanced_accuracy": balanced, "n": n},
+                "sets": {"test": {"accuracy": 0.85, "balanced_accuracy": 0.85, "n": 407}}}
+    easy = model(183, 187, 0.98)  # from 0.946; 0.85 of 407 is up to 0.881
+    few = model(20, 20, 1.0)  # from 0.839
+    other_shares = model(480, 500, 0.85)  # many good parts, as well recalled as those of test
+    (found,) = report.untold_by_validation({"a": few, "b": easy, "c": other_shares})
+    assert (found["differ"], found["models"], found["model"]) == (1, 3, "b")
     assert report.untold_by_validation({"a": few}) == []
 
 
@@ -177,10 +180,17 @@ def test_copies_with_other_labels_come_first_then_those_in_test_sets():
     assert order == [3, 1, 0, 2]
 
 
-def test_of_a_test_set_with_one_class_no_shortcut_is_told():
-    scores = {"largest class": {"test": {"balanced_accuracy": 1.0}}}
-    summary = {"classes": ["bad", "good"], "models": {"m": {"sets": {
-        "test": {"balanced_accuracy": 0.97}}}}}
-    for counts, told in (([0, 20], 0), ([20, 20], 1)):
-        summary["audit"] = {"shortcuts": scores, "per_class": {"test": counts}}
-        assert len(report.shortcut_warnings(summary)) == told
+@pytest.mark.parametrize("counts, shortcut, best, told", [
+    ([0, 20], 1.0, 0.97, 0),  # one class alone tells nothing
+    ([20, 20], 1.0, 0.97, 1),
+    ([20, 20], 0.56, 0.5, 0),  # a weak model is no sign of a shortcut
+    ([20, 20], 0.5, 0.48, 0),
+])
+def test_a_shortcut_is_told_that_is_strong_and_near_the_best_model(counts, shortcut, best, told):
+    summary = {
+        "classes": ["bad", "good"],
+        "models": {"m": {"sets": {"test": {"balanced_accuracy": best}}}},
+        "audit": {"shortcuts": {"thumbnail": {"test": {"balanced_accuracy": shortcut}}},
+                  "per_class": {"test": counts}},
+    }
+    assert len(report.shortcut_warnings(summary)) == told

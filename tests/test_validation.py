@@ -117,6 +117,12 @@ def test_twins_and_named_groups_are_joined(parts, capfd):
     assert "near-duplicates" not in capfd.readouterr().out  # the groups held all of them already
 
 
+def test_a_group_that_took_no_part_in_the_match_names_no_part():
+    paths, either = ["good/3_1.png", "good/part5_2.png"], r"/(\d+)_|/part(\d+)_"
+    assert validation.groups_of(paths, either) == ["3", "good/part5_2.png"]
+    assert [validation.part_of(path, either) for path in paths] == ["3", None]
+
+
 def test_a_promise_that_rests_on_twins_is_named(parts, capfd):
     _, val, dataset = open_training(parts)
     metadata = {"operating_point": {"goal": "miss"}, "good_classes": ["level"], "classes": CLASSES}

@@ -13,7 +13,7 @@ from common import files, folders, splits
 from common.audit import near_duplicates, shortcuts
 from common.files import UserError, px, some_of
 
-VERSION = 9  # raise it when the audit changes
+VERSION = 10  # raise it when the audit changes
 FEW = 10  # test pictures of a class, below which nothing can be said about it
 CONFLICTS = 6  # lines about copies with different labels
 
@@ -49,11 +49,13 @@ def audit(cache, dataset, sets):
     """All findings as plain data, from the cache where the pictures are the same as before.
 
     dataset: with view_size and white_level; sets: {name: Pictures}, train first, then val, an
-    unlabelled pool, test sets. Keys: `copies` and `conflicts` (see `find_copies`), `shortcuts` (see
-    `shortcuts.probe`), `groups` (see `propose_groups`), `sizes` and `per_class` (pictures in each
-    set), `compared_at` ([H, W] at which near-duplicates were looked for).
+    unlabelled pool, test sets. Keys: `copies`, `conflicts` and `repeats` (see `find_copies`),
+    `parts` (see `find_parts`), `shortcuts` (see `shortcuts.probe`), `groups` (see
+    `propose_groups`), `sizes` and `per_class` (pictures in each set), `compared_at` ([H, W] at
+    which near-duplicates were looked for).
     """
-    identity = [VERSION, {name: each.fingerprint() for name, each in sets.items()}]
+    of_sets = {name: each.fingerprint() for name, each in sets.items()}
+    identity = [VERSION, dataset["group_regex"], of_sets]
     make = partial(findings_of, cache, dataset, sets)
     return files.remembered(cache.home, "audit", identity, make)
 
@@ -66,6 +68,7 @@ def findings_of(cache, dataset, sets):
     tests = {name: each for name, each in sets.items() if name not in splits.TRAINING_SETS}
     return {
         **find_copies(sets, sum(detailed[1:], start=detailed[0])),
+        "parts": find_parts(dataset["group_regex"], sets, tests),
         "shortcuts": shortcuts.probe(train, tests),
         "groups": propose_groups(train.paths()),
         "sizes": {name: len(each) for name, each in sets.items()},
@@ -75,11 +78,12 @@ def findings_of(cache, dataset, sets):
 
 
 def find_copies(sets, detailed):
-    """{"copies", "conflicts"}: across sets, and within one where the labels of equal pixels differ.
+    """{"copies", "conflicts", "repeats"}: across sets; within one, equal pixels of two labels; all.
 
     detailed: the `Pictures` of all sets one behind another, at `splits.in_detail`. Lists of dicts:
     picture, set, row and of, of_set, of_row, kind "bytes", "pixels" or "near", likeness, labels. A
-    picture is among the copies once, as the strongest kind.
+    picture is among the copies once, as the strongest kind. `repeats` is how many pictures of each
+    set repeat others of it, pixel for pixel.
     """
     first, *others = sets.values()
     pictures = sum(others, start=first)
@@ -106,7 +110,22 @@ def find_copies(sets, detailed):
     copies = [pair(i, *originals[i]) for i in sorted(originals)]
     twins = near_duplicates.exact_copies(zip(names, pixels), begin=np.arange(len(pictures)))
     conflicts = [pair(i, j, "pixels", 1.0) for i, j in twins if labels[i] != labels[j]]
-    return {"copies": copies, "conflicts": conflicts}
+    repeats = Counter(names[i] for i, _ in twins)
+    return {"copies": copies, "conflicts": conflicts, "repeats": dict(repeats)}
+
+
+def find_parts(pattern, sets, tests):
+    """{test set: [(path, path of the other)]} of the pictures whose parts training shows too.
+
+    pattern: --group-regex, or None; sets, tests: {name: Pictures}, of which `tests` are some. None
+    in place of a list where the pattern names no part of the set.
+    """
+    if pattern is None:
+        return {}
+    names = partial(splits.parts_of, pattern)
+    trained = [each for name, each in sets.items() if name not in tests]
+    return {name: splits.shared(each, trained, names) if any(names(each)) else None
+            for name, each in tests.items()}
 
 
 def propose_groups(paths):
@@ -152,6 +171,11 @@ def audit_lines(findings, classes, group_regex=None):
     if conflicts[CONFLICTS:]:
         lines.append(f"and {len(conflicts) - CONFLICTS} more pairs with different labels")
 
+    for name, repeats in findings["repeats"].items():
+        if name not in splits.TRAINING_SETS:
+            count = f"{repeats} of {findings['sizes'][name]} pictures of {name}"
+            lines.append(f"{count} repeat others of it, so its intervals are too narrow")
+
     if findings["groups"] and group_regex is None:
         proposal = (
             "file names such as {example} suggest {groups} groups of up to {largest} pictures; if "
@@ -159,15 +183,33 @@ def audit_lines(findings, classes, group_regex=None):
         )
         lines.append(proposal.format_map(findings["groups"]))
 
+    for name, pairs in findings["parts"].items():
+        if pairs is None:
+            lines.append(f"--group-regex matches no picture of {name}, so each counts alone")
+        elif pairs:
+            count, example = f"{len(pairs)} pictures of {name}", " = ".join(pairs[0])
+            lines.append(f"{count} show parts that training shows, by --group-regex: {example}")
+
     for name, counts in findings["per_class"].items():
         few = [f"{c} ({n})" for c, n in zip(classes, counts) if 0 < n < FEW]
         if few and name not in splits.TRAINING_SETS:
             few = f"fewer than {FEW} pictures of {some_of(few)}"
             lines.append(f"{name}: {few}: nothing can be said about these classes alone")
 
-    for by, scores_of in findings["shortcuts"].items():
-        for of, scores in scores_of.items():
-            share, whole = 100 * scores["balanced_accuracy"], min(findings["per_class"][of]) > 0
-            if whole and share > 50 + 50 / len(classes):  # half-way from chance to perfect
-                lines.append(f"shortcut: {by} alone gives {share:.0f} % balanced accuracy on {of}")
+    for by, of, reached in found_shortcuts(findings):
+        share = f"{100 * reached:.0f} % balanced accuracy"
+        lines.append(f"shortcut: {by} alone gives {share} on {of}")
     return lines
+
+
+def found_shortcuts(findings):
+    """[(classifier, test set, balanced accuracy)] above half-way from chance to perfect.
+
+    Of test sets with pictures of every class.
+    """
+    classes_of = {of: len(counts) for of, counts in findings["per_class"].items() if all(counts)}
+    return [
+        (by, of, scores["balanced_accuracy"])
+        for by, scores_of in findings["shortcuts"].items() for of, scores in scores_of.items()
+        if of in classes_of and scores["balanced_accuracy"] > (1 + 1 / classes_of[of]) / 2
+    ]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common import export, metrics, splits, validation
+from common.audit.audit import found_shortcuts
 from common.files import atomic_path, save_json
 from common.report import charts, tables
 from infer import LARGEST, occlusion_map, redden
@@ -48,6 +49,7 @@ def compare(results, answers, pictures, baseline):
 def untold_by_validation(models):
     """Test sets where accuracy is not what validation promised: the two intervals do not overlap.
 
+    Nor do those of balanced accuracies, else the classes have other shares there, and no more.
     models: {name: row of metrics.json}. Returns plain data, per test set how many models differ so,
     of how many, and both accuracies of the one that differs most.
     """
@@ -56,13 +58,18 @@ def untold_by_validation(models):
         gaps = []
         for name, model in models.items():
             val, test = model["validation"], model["sets"][of]
-            low, high = metrics.wilson(val["accuracy"] * val["n"], val["n"])
-            if low > test["accuracy_interval"][1] or high < test["accuracy_interval"][0]:
+            if all(apart(val, test, by) for by in ("accuracy", "balanced_accuracy")):
                 gaps.append({"model": name, "val": val["accuracy"], "test": test["accuracy"]})
         if gaps:
             most = max(gaps, key=lambda gap: abs(gap["val"] - gap["test"]))
             found.append({"set": of, "differ": len(gaps), "models": len(models), **most})
     return found
+
+
+def apart(a, b, by):
+    """Whether the 95 % intervals of two shares do not overlap; a, b: dicts with `by` and n."""
+    (a_low, a_high), (b_low, b_high) = (metrics.wilson(s[by] * s["n"], s["n"]) for s in (a, b))
+    return a_low > b_high or b_low > a_high
 
 
 def write(summary, answers, pictures, audited, folder):
@@ -138,14 +145,12 @@ def weights_of(models, name):
 
 
 def shortcut_warnings(summary):
-    """Where a classifier that never looks at the part comes near the best model."""
+    """Shortcuts of the audit that come near the best model."""
     chance, warnings = 1 / len(summary["classes"]), []
-    for by, scores_of in (summary["audit"] or {"shortcuts": {}})["shortcuts"].items():
-        for of, scores in scores_of.items():
-            best = max(m["sets"][of]["balanced_accuracy"] for m in summary["models"].values())
-            reached, whole = scores["balanced_accuracy"], min(summary["audit"]["per_class"][of]) > 0
-            if whole and reached - chance > NEAR * (best - chance):
-                warnings.append({"set": of, "by": by, "reached": reached, "best": best})
+    for by, of, reached in found_shortcuts(summary["audit"]) if summary["audit"] else ():
+        best = max(m["sets"][of]["balanced_accuracy"] for m in summary["models"].values())
+        if reached - chance > NEAR * (best - chance):
+            warnings.append({"set": of, "by": by, "reached": reached, "best": best})
     return warnings
 
 
