@@ -45,6 +45,7 @@ from common.views import ViewRecipe, mixup, render, shares
 
 STEPS, EMBEDDED_STEPS = 2000, 552  # the embedded set's chain from scratch takes a few minutes
 MISS_RATE = 0.05  # share of the defects that may pass
+INT8_DROP = 0.5  # points that an int8 file may lose
 CALIBRATION_PICTURES, CALIBRATION_BATCH = 512, 32  # training views that int8 ranges come from
 
 
@@ -86,7 +87,7 @@ def parse_arguments():
     cli.add_training_flags(p)
 
     g = p.add_argument_group("export; with --resume a finished student is exported again, with "
-                             "the threshold's flags as they were where they are not given")
+                             "these flags as they were where they are not given")
     g.add_argument("--good-class", nargs="+", action="extend", metavar="NAME",
                    help="the classes that are no defect (default: those called good or ok)")
     target = g.add_mutually_exclusive_group()
@@ -95,9 +96,9 @@ def parse_arguments():
                         f"threshold (default: {MISS_RATE})")
     target.add_argument("--max-false-alarm-rate", type=cli.open_fraction,
                         help="share of the good parts that may be rejected, instead")
-    g.add_argument("--max-int8-drop", type=cli.non_negative_float, default=0.5,
+    g.add_argument("--max-int8-drop", type=cli.non_negative_float,
                    help="points of validation accuracy, plain and balanced, that an int8 file may "
-                   "lose, or one picture; else it is not written (default: %(default)s)")
+                   f"lose, or one picture; else it is not written (default: {INT8_DROP})")
     g.add_argument("--onnx", action="store_true",
                    help="write both files as ONNX too (needs onnx, onnxscript and onnxruntime)")
     cli.add_common_flags(p)
@@ -155,7 +156,7 @@ def distil(output, onnx, args):
         y = label_rows(pictures.labels[indices], len(dataset["classes"])).to(device)
         q = cache.targets(views, indices, args.temperature).to(device) if cache else y
         if args.mixup:
-            share = shares(args.seed, run.steps_done, len(indices))
+            share = distributed.share(shares(args.seed, run.steps_done, args.batch_size))
             pixels, y, q = (mixup(rows, share) for rows in (pixels, y, q))
 
         with models.autocast(device):
@@ -174,7 +175,8 @@ def create(dataset, args):
     """The student and its AdamW parameter groups."""
     torch.manual_seed(args.seed)
     img_size = args.img_size or dataset["view_size"]
-    model = models.create_student(len(dataset["classes"]), img_size, args.pretrained, args.weights)
+    start = (None, None) if args.resume else (args.pretrained, args.weights)
+    model = models.create_student(len(dataset["classes"]), img_size, *start)
     return model, param_groups_weight_decay(model.backbone, args.weight_decay)
 
 
@@ -245,8 +247,9 @@ def export_student(output, pictures, val, spec, onnx, args):
     goal, target = "miss", args.max_miss_rate or MISS_RATE
     if args.max_false_alarm_rate:
         goal, target = "false_alarm", args.max_false_alarm_rate
+    int8_drop = INT8_DROP if args.max_int8_drop is None else args.max_int8_drop
     parts = validation.groups_of(validation.below(val), dataset["group_regex"])
-    limits = export.Limits(goal, target, args.max_int8_drop, parts)
+    limits = export.Limits(goal, target, int8_drop, parts)
     exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
         announce(output / name, metadata)
@@ -290,6 +293,8 @@ def keep_operating_point(output, args):
     except UserError:  # missing, or damaged
         pass
     args.good_class = args.good_class or before["good_class"]
+    if args.max_int8_drop is None:
+        args.max_int8_drop = before["max_int8_drop"]
     if not (args.max_miss_rate or args.max_false_alarm_rate):
         args.max_miss_rate = before["max_miss_rate"]
         args.max_false_alarm_rate = before["max_false_alarm_rate"]

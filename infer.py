@@ -41,7 +41,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever a fil
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 80_000_000, 65_535, 50
 LARGE, DENSITY = 16_000_000, 250  # pixels; most pixels per byte of a file with more
 ORIENTATION = 274  # a tag of EXIF
-SUBFILE, BITS, PLANES = 254, 258, 284  # tags of TIFF; the first is odd for a thumbnail
+SUBFILE, BITS, WHITE_IS, PLANES = 254, 258, 262, 284  # tags of TIFF; SUBFILE: odd for a thumbnail
 OTHER_BYTE = {"LA;16B": "RGBA", "RGB;16L": "RGB;16B", "RGB;16B": "RGB;16L", "RGBA;16L": "RGBA;16B",
               "RGBA;16B": "RGBA;16L", "RGBX;16L": "RGBX;16B", "RGBX;16B": "RGBX;16L"}
 BAND, BLOCK = 128, 4  # rows that are converted at a time, and that `resize` makes at a time
@@ -52,7 +52,7 @@ ENGINES = ("x86", "fbgemm", "qnnpack", "onednn")  # for int8, best first; ARM ha
 FIELDS = ("path", "decision", "class", "probability", "defect_score")  # of --csv
 POLL, SETTLE = 0.1, 2.0  # s between looks at a folder; s at rest until an unreadable file is bad
 DARK = 1 / 16  # of the white level: a picture that never reaches it is of another bit depth
-FLAT = 16  # of 255: what has less between its darkest and its brightest value shows no part
+FLAT = 16  # of 255: what has less between the least and the most of each colour shows no part
 TAIL = 4096  # bytes at a file's end: where all are 0 they may be room that is filled later
 AGAIN = 10.0  # s until a picture is tried again that something around it kept from being read
 RED, OPACITY, LARGEST = (230, 20, 20), 160, 480  # of a heatmap; px of its longer side
@@ -169,6 +169,9 @@ def low_bytes(image, content):
             plain = type(tile) is tuple  # as before Pillow 11
             other.tile[number] = (*where, swapped) if plain else type(tile)(*where, swapped)
         return other.getchannel(1) if layout.startswith("LA") else other
+    if max(tags.get(BITS, (8,))) > 8 and tags.get(WHITE_IS) == 0:
+        raise ValueError("16-bit grey whose white is 0, of which a negative would be read; save it "
+                         "as PNG")
     if max(tags.get(BITS, (8,))) > 8 and not is_deep(image):
         raise ValueError("16-bit colours plane by plane, as CMYK or premultiplied; save it as RGB")
     return None
@@ -502,7 +505,7 @@ class Judge:
         if brightest is not None and not DARK <= brightest / self.white_level <= 1:
             effect = "clipped" if brightest > self.white_level else "nearly black"
             yield f"brightest value {brightest:g}, white level {self.white_level:g}: {effect}"
-        elif int(picture.max()) - int(picture.min()) < FLAT:
+        elif np.ptp(picture, axis=(0, 1)).max() < FLAT:
             yield "all of it is alike: lamp, lens or exposure"
 
     def decide(self, score):

@@ -182,9 +182,10 @@ def check_models(names, weights, steps):
 
 def check_name(name):
     """Raise UserError, with near names, when timm knows no such architecture."""
-    if timm.is_model(name):
+    known = timm.list_models() + timm.list_pretrained()
+    if name in known:
         return
-    near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise UserError(f"--model {name}: timm has no such model{hint}")
 

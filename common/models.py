@@ -74,7 +74,7 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     except Exception as error:  # timm and the hub raise many kinds
         reason, misfit = first_line(error, 160), "size mismatch" in str(error)
     hint, own = "", own_size(name)
-    if misfit and own != list(img_size):
+    if misfit and own != list(img_size) and builds(name, classes, own, pretrained, weights):
         side = px(own).removesuffix(" px")
         hint = f"; its own are for {side} px, so try --img-size {side}"
     if weights:
@@ -89,17 +89,25 @@ def create_teacher(name, classes, img_size, pretrained=False, weights=None):
     raise UserError(f"--model {name} at {px(img_size)}: {reason}; try another --img-size")
 
 
+def builds(*arguments):
+    """Whether `build_teacher` takes these arguments."""
+    with suppress(Exception):  # timm raises many kinds
+        return bool(build_teacher(*arguments))
+    return False
+
+
 def build_teacher(name, classes, img_size, pretrained=False, weights=None):
     """`create_teacher`, with whatever timm and the hub raise."""
     options = {"num_classes": classes, "pretrained": pretrained or weights is not None}
     if weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(weights), "custom_load": True}
         if not str(weights).endswith(".npz"):  # of JAX, which timm renames by itself
-            state = read_teacher_weights(weights, name, classes)
+            state = read_teacher_weights(weights, name, classes, img_size)
             options["pretrained_cfg_overlay"] = {"state_dict": state}
     backbone = create_backbone(name, img_size, options)
-    patch = to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))
-    whole = [-(-side // step) * step for side, step in zip(img_size, patch)]
+    cut = getattr(backbone, "patch_embed", None)
+    steps = getattr(getattr(cut, "proj", None), "stride", getattr(cut, "patch_size", 1))
+    whole = [-(-side // step) * step for side, step in zip(img_size, to_2tuple(steps))]
     if whole != list(img_size):  # timm would leave out what remains
         backbone = create_backbone(name, whole, options)
     config = backbone.pretrained_cfg
@@ -150,21 +158,29 @@ def shift_logits(classifier, by):
                 parameter += by.to(parameter.device)
 
 
-def read_teacher_weights(path, name, classes):
+def read_teacher_weights(path, name, classes, img_size):
     """The state dict in a file for a timm model, without a prefix such as `module.` or `backbone.`.
 
     timm leaves out in silence what does not fit. So of two models that start alike one loads the
     file: weights that are equal in both afterwards were not in it, and a UserError says how many.
+    timm also takes patches for those of a square, so there is another for a model.pt that has a
+    weight for each place of a patch, saw rectangles, and not of img_size, [H, W].
     """
+    seen = trained_at(path) or own_size(name)
     state = timm.models.load_state_dict(str(path), weights_only=True)
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not state:  # timm would look for it in a network
         raise UserError(f"--weights {path}: holds no weights")
-    fresh = fresh_model(name, classes)
+    if seen[0] != seen[1] and seen != list(img_size) and any("pos" in key for key in state):
+        raise UserError(
+            f"--weights {path}: was trained at {px(seen)} and knows the places of no other patches; "
+            f"train at --img-size {seen[0]}x{seen[1]}"
+        )
+    fresh = fresh_model(name, classes, seen)
     before = dict(fresh.named_parameters())
     state = without_prefix(state, before)
     overlay = {"state_dict": state}
-    loaded = fresh_model(name, classes, pretrained=True, pretrained_cfg_overlay=overlay)
+    loaded = fresh_model(name, classes, seen, pretrained=True, pretrained_cfg_overlay=overlay)
     after = dict(loaded.named_parameters())
 
     head = fresh.pretrained_cfg["classifier"]  # one name, or several
@@ -180,11 +196,17 @@ def read_teacher_weights(path, name, classes):
     return state
 
 
-def fresh_model(name, classes, **options):
+def trained_at(path):
+    """[H, W] in px that the network of a model.pt saw; None of a file that is none."""
+    with suppress(UserError):
+        return read_header(path)["img_size"]
+
+
+def fresh_model(name, classes, img_size, **options):
     """A timm model whose random weights are the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(name, num_classes=classes, **options)
+        return create_backbone(name, img_size, {"num_classes": classes, **options})
 
 
 def without_prefix(state, own):

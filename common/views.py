@@ -43,7 +43,8 @@ class ViewRecipe:
         zoom = 0 < self.zoom_min <= self.zoom_max
         shares = 0 <= self.flip <= 1 and 0 <= self.contrast < 1 and 0 <= self.tint < 1
         sizes = self.shift >= 0 and self.rotate >= 0 and self.brightness >= 0
-        if not (zoom and shares and sizes):
+        finite = np.isfinite(list(asdict(self).values())).all()
+        if not (zoom and shares and sizes and finite):
             raise ValueError(f"values out of range in {self}")
 
     def changed(self, settings):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import CPU, ROOT, VIEW_SIZE, call, make_set
 
 import build_ensemble
@@ -142,6 +143,7 @@ def test_view_recipe_and_group_regex(refused, tmp_path):
     assert "no such name" in refused(*base, "--view-recipe", "rotation=3")
     assert "NAME=NUMBER" in refused(*base, "--view-recipe", "rotate=x")
     assert "out of range" in refused(*base, "--view-recipe", "zoom_min=2")
+    assert "out of range" in refused(*base, "--view-recipe", "rotate=inf")
     assert "no (group)" in refused(*base, "--group-regex", "abc")
     assert "matches no path" in refused(*base, "--group-regex", "(q+)")
 
@@ -249,6 +251,21 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
     assert "ensemble differs" in refused(distill, *words, "--resume")
+
+
+def test_a_student_is_resumed_without_the_file_that_it_started_from(no_export, inside, tmp_path):
+    file = tmp_path / "start.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    words = ("--weights", file, "--steps", 2, "--output", tmp_path / "s", *CPU)
+    assert call(distill.main, *words) == 0
+    file.unlink()
+    assert call(distill.main, *words, "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["resnet18.nonsense", "tf_efficientnet_b0_ns"])
+def test_a_model_whose_name_timm_has_no_more_is_refused_with_those_near_it(refused, name):
+    words = ("--data-dir", "parts", "--model", name, "--output", "runs/none", *CPU)
+    assert "timm has no such model; near: " in refused(train_teacher, *words)
 
 
 def test_an_ensemble_whose_teacher_was_trained_again_is_told(refused, no_export, tmp_path, capfd):

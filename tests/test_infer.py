@@ -677,6 +677,19 @@ def test_pictures_of_another_bit_depth_than_the_model_s_are_told(tmp_path):
                      "brightest value 20000, white level 4095: clipped"]
 
 
+@pytest.mark.parametrize("colour", [(60, 60, 60), (40, 60, 80)])
+def test_a_picture_of_one_colour_is_noted_whatever_the_colour(tmp_path, colour):
+    metadata = {"view_size": [4, 4], "white_level": 65535, "classes": ["a", "b"],
+                "good_classes": [], "operating_point": None}
+    judge = infer.Judge(lambda pictures: np.array([[0.1, 0.9]], np.float32), metadata)
+    image = Image.new("RGB", (4, 4), colour)
+    image.save(tmp_path / "a.png")
+    assert judge(tmp_path / "a.png")["note"] == "all of it is alike: lamp, lens or exposure"
+    image.putpixel((1, 1), (200, 60, 80))
+    image.save(tmp_path / "a.png")
+    assert judge(tmp_path / "a.png")["note"] is None
+
+
 def test_what_is_around_a_picture_is_not_taken_for_the_picture(tmp_path, monkeypatch):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")

@@ -97,6 +97,16 @@ def test_16_bit_colours_in_a_layout_that_pillow_reads_wrongly_are_refused():
         infer.decode(tiff_of_16_bits(values, "<", planes=2))
 
 
+def test_16_bit_grey_that_pillow_would_read_as_its_negative_is_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 999, np.uint16)).save(file, "TIFF")
+    photometric = struct.pack("<HHII", 262, 3, 1, 1)  # black is 0
+    assert infer.decode(file.getvalue())[1] == 999 and photometric in file.getvalue()
+    white_is_0 = file.getvalue().replace(photometric, struct.pack("<HHII", 262, 3, 1, 0))
+    with pytest.raises(ValueError, match="whose white is 0"):
+        infer.decode(white_is_0)
+
+
 def test_16_bit_colours_of_a_ppm_are_refused_since_pillow_reads_8_of_them():
     with pytest.raises(ValueError, match="16-bit colours in a .ppm.*save it as PNG"):
         infer.decode(b"P6 2 1 65535\n" + bytes(12))
@@ -413,6 +423,23 @@ def test_our_own_model_is_a_start_and_weights_that_do_not_fit_are_refused(inside
             models.create_teacher(name, 2, [32, 32], weights=file)
 
 
+def test_a_transformer_of_rectangles_starts_another_at_its_own_size_alone(inside):
+    ours = "runs/test_vit/model.pt"
+    header, theirs = models.read_header(ours), models.load_checkpoint(ours)["state_dict"]
+    height, width = header["img_size"]
+    assert height != width
+    model = models.create_teacher("test_vit", 2, [height, width], weights=ours)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], theirs[key]) for key in loaded if ".head." not in key)
+    words = f"was trained at {height}x{width} px.*--img-size {height}x{width}"
+    with pytest.raises(UserError, match=words):  # timm would take its patches for a square's
+        models.create_teacher("test_vit", 2, [64, 64], weights=ours)
+
+
+def test_patches_that_overlap_enlarge_no_picture_needlessly():
+    assert models.size_that_fits("pvt_v2_b0", [[32, 64]]) == [32, 64]
+
+
 def test_weights_that_are_for_one_size_say_which(tmp_path):
     torch.save(timm.create_model("convit_tiny").state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="its own are for 224 px, so try --img-size 224"):
@@ -422,6 +449,9 @@ def test_weights_that_are_for_one_size_say_which(tmp_path):
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not load into convit_tiny") as refused:
         models.create_teacher("convit_tiny", 2, [224, 224], weights=tmp_path / "other.pth")
+    assert "--img-size" not in str(refused.value)
+    with pytest.raises(UserError, match="does not load into convit_tiny") as refused:
+        models.create_teacher("convit_tiny", 2, [128, 128], weights=tmp_path / "other.pth")
     assert "--img-size" not in str(refused.value)
 
 
