@@ -128,7 +128,7 @@ def distil(output, onnx, args):
     spec = load_ensemble(args.ensemble)
     if args.alpha and not args.resume:
         for file in filter(Path.is_file, models.changed_teachers(spec)):
-            print(f"warning: {args.ensemble}: {file} is another teacher now than it was built from")
+            print(f"warning: {args.ensemble}: {file} is damaged, or another teacher now than then")
     recipe = cli.recipe(ViewRecipe.from_dict, spec["view_recipe"], args.ensemble)
     device = cli.pick_device(args.device)
     with distributed.first_then_others():

@@ -219,7 +219,7 @@ def open_model(path):
         spec = load_ensemble(path)
         if changed := next(models.changed_teachers(spec), None):
             raise UserError(
-                f"{path}: its teacher {changed} is missing or was trained again; "
+                f"{path}: its teacher {changed} is missing, damaged or was trained again; "
                 "build the ensemble again"
             )
         files = [Path(teacher["path"]) for teacher in spec["teachers"]]

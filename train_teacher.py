@@ -96,7 +96,8 @@ def parse_arguments():
                    help="value that is white where pictures have more than 8 bits; 4095 for a "
                    "12-bit camera, 1 for fractions (default: %(default)s)")
     cli.add_leak_flags(g)
-    rates = f"(default: {LR:g}; {EMBEDDED_LR:g} for the embedded set from scratch)"
+    rates = (f"learning rate of new layers (default: {LR:g}; {EMBEDDED_LR:g} for the embedded set "
+             "from scratch)")
     cli.add_training_flags(p, None, rates)
     cli.add_common_flags(p)
     return p.parse_args()

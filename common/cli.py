@@ -175,7 +175,7 @@ def add_leak_flags(g):
                        help="go on although test pictures are among the others")
 
 
-def add_training_flags(p, lr=1e-3, lr_note="(default: %(default)s)"):
+def add_training_flags(p, lr=1e-3, lr_note="learning rate (default: %(default)s)"):
     """How a run begins, and optimisation. lr, lr_note: default of --lr, and words on it."""
     p.add_argument("--resume", action="store_true",
                    help="go on from last.pt of an interrupted run")
@@ -185,7 +185,7 @@ def add_training_flags(p, lr=1e-3, lr_note="(default: %(default)s)"):
     g.add_argument("-b", "--batch-size", type=positive_int, default=24,
                    help="pictures per step, of all processes together (default: %(default)s)")
     g.add_argument("--lr", type=positive_float, default=lr,
-                   help=f"peak learning rate of new layers {lr_note}")
+                   help=f"peak {lr_note}")
     g.add_argument("--weight-decay", type=non_negative_float, default=0.05,
                    help="AdamW's weight decay (default: %(default)s)")
     g.add_argument("--clip-grad", type=non_negative_float, default=1.0,

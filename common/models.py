@@ -373,10 +373,12 @@ def read_header(path):
 
 
 def changed_teachers(spec):
-    """Paths of an ensemble's teachers that are missing, or were trained again since."""
+    """Paths of an ensemble's teachers that are missing, damaged, or were trained again since."""
     for teacher in spec["teachers"]:
-        file = Path(teacher["path"])
-        if not file.is_file() or read_header(file)["weights_sha256"] != teacher["weights_sha256"]:
+        file, found = Path(teacher["path"]), None
+        with suppress(UserError, OSError):
+            found = read_header(file)["weights_sha256"]
+        if found != teacher["weights_sha256"]:
             yield file
 
 

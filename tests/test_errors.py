@@ -247,6 +247,8 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
     shutil.copytree("runs/ensemble", folder)
     words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0
+    for flag in ("alpha", "temperature"):
+        assert f"{flag} differs" in refused(distill, *words, f"--{flag}", 0.5, "--resume")
     record = load_json(folder / "ensemble.json")
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
@@ -274,10 +276,10 @@ def test_an_ensemble_whose_teacher_was_trained_again_is_told(refused, no_export,
     record = load_json(folder / "ensemble.json")
     record["teachers"][0]["weights_sha256"] = "of before"
     save_json(record, folder / "ensemble.json")
-    assert "test_resnet/model.pt is missing or was trained again" in refused(evaluate, folder)
+    assert "test_resnet/model.pt is missing, damaged or was trained again" in refused(evaluate, folder)
     words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0  # what it said is still on disk
-    assert "test_resnet/model.pt is another teacher now" in capfd.readouterr().out
+    assert "test_resnet/model.pt is damaged, or another teacher now" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])  # in last.pt of weights and optimizer

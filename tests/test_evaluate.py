@@ -98,6 +98,11 @@ def test_a_target_is_met_where_the_exact_bound_on_this_set_says_so(
     assert content["good_classes"] == ["level"] and f"AUROC {100 * auroc:.1f}" in text
     assert (point["miss"]["count"], point["miss"]["n"]) == (missed, 60)
     assert f"at most 5 % of the defects missed, is {verdict} on test" in text
+    missed_share, alarm = (100 * point[goal]["rate"] for goal in ("miss", "false_alarm"))
+    answer = f"misses {missed_share:.1f} % of the defects and rejects {alarm:.1f} % of the good"
+    assert answer in text
+    counts = [f"{point[goal]['count']} of {point[goal]['n']}" for goal in ("miss", "false_alarm")]
+    assert re.search(f"{counts[0]} {missed_share:.1f} % .*{counts[1]} {alarm:.1f} %", text)
     promise = f"{point['pictures']} validation defects promise {100 * point['promised']:.1f} %"
     assert f"{promise}; 59 are needed {verdict}" in text  # one cell beside the other
 

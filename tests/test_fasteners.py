@@ -53,7 +53,7 @@ class InProcess:
     """A process pool's `map`, here."""
 
     def __init__(self, workers):
-        pass
+        assert workers == min(dataset.cores(), 61)
 
     def __enter__(self):
         return self

@@ -706,6 +706,26 @@ def test_what_is_around_a_picture_is_not_taken_for_the_picture(tmp_path, monkeyp
     assert judge(tmp_path / "a.png")["passing"] is True
 
 
+def test_benchmark_measures_the_device_with_the_threads_asked_for(edge, infer_here, monkeypatch):
+    monkeypatch.setattr(infer, "repeat", lambda f, number, repeat: [f() and 0.002] * repeat)
+    before = torch.get_num_threads()
+    try:
+        run = infer_here("--model", edge / "student.ts", "--benchmark", "--threads", before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert run.returncode == 0 and f"{before + 1} threads" in run.stdout
+    assert "640 x 480 frame to decision: p50 2.00 ms, p95 2.00 ms" in run.stdout
+
+
+def test_an_interrupted_run_ends_with_130(edge, infer_here, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "load_student", interrupted)
+    assert infer_here("--model", edge / "student.ts", "a.png").returncode == 130
+
+
 def test_a_library_that_reads_no_picture_ends_it_before_any_is_judged(
     edge, tiny, monkeypatch, infer_here
 ):

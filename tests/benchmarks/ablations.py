@@ -128,7 +128,7 @@ def print_group(rows, group, column, title):
         for name in sets:
             values = [value for (its_set, _), value in own.items() if its_set == name]
             cells.append(f"{np.mean(values):.1f}" if values else "")
-        pairs = [value - scores[base, *key] for key, value in own.items()
+        pairs = [value - scores[(base, *key)] for key, value in own.items()
                  if (base, *key) in scores]
         difference = ""
         if pairs and ablation != base:

@@ -1,4 +1,4 @@
-"""The embedded default, all stages, several seeds: the accuracy table of the repository's README.
+"""The embedded default, all stages, several seeds: the first row of the repository's README.
 
     python tests/benchmarks/default_chain.py            # 3 seeds, 10 minutes each on 2 cores
     python tests/benchmarks/default_chain.py --seeds 0

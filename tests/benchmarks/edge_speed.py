@@ -1,6 +1,6 @@
 """Frame to probabilities on this machine: the exported files beside what else people would use.
 
-    pip install onnx onnxscript onnxruntime openvino     # for --onnx and for the other rows
+    pip install onnx onnxscript onnxruntime openvino     # for the other rows
     python tests/benchmarks/edge_speed.py --turns 10     # 4 minutes on two idle cores
     python tests/benchmarks/edge_speed.py --sizes 96x240 152   # int8 alone, a thread, a row each
 

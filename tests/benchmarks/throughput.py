@@ -96,7 +96,7 @@ def main():
         for _ in range(args.turns):
             for side, size, *what in settings:
                 rate = pictures_a_second(pictures[side], *what, size, args.steps, device)
-                rates[side, size, *what].append(rate)
+                rates[(side, size, *what)].append(rate)
 
     dtype = str(precision(device) or torch.float32).removeprefix("torch.")
     print(f"{machine()}, {args.device}, training in {dtype}")
