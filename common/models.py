@@ -173,7 +173,7 @@ def read_teacher_weights(path, name, classes, img_size):
         raise UserError(f"--weights {path}: holds no weights")
     if seen[0] != seen[1] and seen != list(img_size) and any("pos" in key for key in state):
         raise UserError(
-            f"--weights {path}: was trained at {px(seen)} and knows the places of no other patches; "
+            f"--weights {path}: was trained at {px(seen)} and its patches fit no other size; "
             f"train at --img-size {seen[0]}x{seen[1]}"
         )
     fresh = fresh_model(name, classes, seen)

@@ -276,7 +276,8 @@ def test_an_ensemble_whose_teacher_was_trained_again_is_told(refused, no_export,
     record = load_json(folder / "ensemble.json")
     record["teachers"][0]["weights_sha256"] = "of before"
     save_json(record, folder / "ensemble.json")
-    assert "test_resnet/model.pt is missing, damaged or was trained again" in refused(evaluate, folder)
+    said = "test_resnet/model.pt is missing, damaged or was trained again"
+    assert said in refused(evaluate, folder)
     words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0  # what it said is still on disk
     assert "test_resnet/model.pt is damaged, or another teacher now" in capfd.readouterr().out

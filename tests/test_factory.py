@@ -29,7 +29,7 @@ KEPT = ("--skip-bad", *CPU)
 
 
 def photograph(root):
-    """12-bit grey pictures, twice as large: two of each part, and parts 2k and 2k + 1 look alike."""
+    """12-bit grey pictures, twice as large, two of each part; parts 2k and 2k + 1 look alike."""
     for side, parts in PARTS.items():
         for label, name in enumerate(CLASSES):
             folder = root / side / ("" if side == "unlabelled" else name)
