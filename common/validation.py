@@ -38,6 +38,9 @@ def hold_out(home, train, classes, share, group_regex=None):
         print(f"{len(missed)} near-duplicates on two sides, which are drawn again")
         clusters = joined(clusters, missed)
         val = draw(labels, clusters, share)
+    else:
+        if pairs:
+            print(f"warning: near-duplicates may be on two sides still, after {ROUNDS} searches")
     for line in cluster_lines(train.paths(), labels, clusters, parts, classes):
         print(line)
 

@@ -110,6 +110,14 @@ def test_shots_of_a_burst_stay_on_one_side_though_each_is_linked_to_its_likest_a
     assert "near-duplicates on two sides, which are drawn again" in capfd.readouterr().out
 
 
+def test_a_split_that_the_last_search_has_changed_is_not_called_honest(parts, monkeypatch, capfd):
+    monkeypatch.setattr(validation, "ROUNDS", 1)
+    monkeypatch.setattr(validation, "across", lambda home, train, val: [(0, 1)])
+    open_training(parts)
+    said = capfd.readouterr().out
+    assert "warning: near-duplicates may be on two sides still, after 1 searches" in said
+
+
 def test_twins_and_named_groups_are_joined(parts, capfd):
     train, val, _ = open_training(parts, group_regex=r"/z?[clu]00(\d)")
     number_of = [{name[-1] for name in pairs_of(side)} for side in (train, val)]
