@@ -285,11 +285,17 @@ def find_tests(data_dir):
 
 
 def good_numbers(tested, classes):
-    """Numbers of the classes that are no defect, as a file or a student says, or by their names."""
+    """Numbers of the classes that are no defect, as a file or a student says, or by their names.
+
+    A line says so where they do not agree.
+    """
     headers = [model.header for model in tested.values()]
     told = [each["good_classes"] for each in headers if each.get("good_classes")]
     told += [each["args"]["good_class"] for each in headers if each.get("kind") == "student"]
-    good = metrics.good_classes(classes, next(filter(None, told), None))
+    told = [each for each in told if each]
+    good = metrics.good_classes(classes, told[0] if told else None)
+    if any(set(each) != set(good) for each in told):
+        print(f"warning: the models call other classes good; AUROC is of {', '.join(good)}")
     return metrics.numbers_of(good, classes)
 
 

@@ -310,6 +310,8 @@ def open_tests(cache, test_dirs, dataset):
     dataset: with classes, of which a test set may lack some. Raises UserError as `open_labelled`
     does, and for pictures given twice, which would count twice in the mean.
     """
+    # "." and ".." have no name of their own.
+    test_dirs = [each if Path(each).name.strip(".") else Path(each).resolve() for each in test_dirs]
     names = [Path(folder).name for folder in test_dirs]
     taken = {name for name in names if names.count(name) > 1} | set(TRAINING_SETS)
     sets, folder_of = {}, {}

@@ -586,6 +586,13 @@ def test_a_model_of_other_training_pictures_is_named(size, inside, tmp_path, cap
     assert told.startswith(line) and line in (tmp_path / "r" / "report.html").read_text("utf-8")
 
 
+def test_the_folder_one_stands_in_is_a_test_set_of_its_own_name(inside, tmp_path, monkeypatch):
+    monkeypatch.chdir("parts/test")
+    dataset = {**DATASET, "classes": ["cross", "level", "upright"]}
+    ((name, pictures),) = splits.open_tests(DecodedCache(tmp_path), ["."], dataset).items()
+    assert name == "test" and pictures.path(0) == "test/cross/c000.png"
+
+
 def test_a_model_of_another_input_size_is_measured_on_its_own_views(
     inside, tmp_path, monkeypatch
 ):

@@ -168,6 +168,17 @@ def test_a_student_of_an_ensemble_that_was_built_anew_is_named(inside, tmp_path,
     assert said not in capfd.readouterr().out
 
 
+def test_models_that_call_other_classes_good_are_told(inside, tmp_path, monkeypatch, capfd):
+    def with_another(path, load=models.read_header):
+        header = load(path)
+        return {**header, "args": {**header["args"], "good_class": ["cross"]}}
+
+    monkeypatch.setattr(models, "read_header", with_another)
+    words = ("--test-dirs", "parts/test", *QUICK, tmp_path)
+    assert call(evaluate.main, "runs/student/student.ts", "runs/student/model.pt", *words) == 0
+    assert "other classes good; AUROC is of level" in capfd.readouterr().out
+
+
 def test_a_baseline_alone_is_no_comparison(inside, tmp_path):
     words = ("runs/alone/model.pt", "--baseline", "runs/alone/model.pt", *QUICK, tmp_path)
     assert call(evaluate.main, *words) == 0
