@@ -87,7 +87,8 @@ def parse_arguments():
     cli.add_training_flags(p)
 
     g = p.add_argument_group("export; with --resume a finished student is exported again, with "
-                             "these flags as they were where they are not given")
+                             "the threshold's flags as they were, and --max-int8-drop as when the "
+                             "run began, where they are not given")
     g.add_argument("--good-class", nargs="+", action="extend", metavar="NAME",
                    help="the classes that are no defect (default: those called good or ok)")
     target = g.add_mutually_exclusive_group()

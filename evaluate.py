@@ -249,8 +249,7 @@ def first_trained(tested):
 
     The line names those that were trained on others or on another split.
     """
-    knowing = (model for model in tested.values() if "dir" in model.dataset)
-    first = next(knowing, None)
+    first = next((model for model in tested.values() if "dir" in model.dataset), None)
     others = [name for name, model in tested.items() if first and trained_on_others(model, first)]
     said = f"{some_of(others)}: trained on other pictures than the models before"
     unseen = "so test pictures may be among them, and the audit does not look there"
@@ -290,9 +289,9 @@ def good_numbers(tested, classes):
     A line says so where they do not agree.
     """
     headers = [model.header for model in tested.values()]
-    told = [each["good_classes"] for each in headers if each.get("good_classes")]
+    told = [each.get("good_classes") for each in headers]
     told += [each["args"]["good_class"] for each in headers if each.get("kind") == "student"]
-    told = [each for each in told if each]
+    told = list(filter(None, told))
     good = metrics.good_classes(classes, told[0] if told else None)
     if any(set(each) != set(good) for each in told):
         print(f"warning: the models call other classes good; AUROC is of {', '.join(good)}")

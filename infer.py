@@ -153,7 +153,7 @@ def low_bytes(image, content):
     """The low bytes of 16-bit colours as another PIL image, since Pillow reads the high ones alone.
 
     Told that the two bytes come in the other order, it takes the low ones. None for other pictures.
-    Raises ValueError for deep colours of another layout.
+    Raises ValueError for deep colours of another layout, and for deep grey whose white is 0.
     """
     native = {"little": "16L", "big": "16B"}[sys.byteorder]
     args = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
@@ -169,10 +169,11 @@ def low_bytes(image, content):
             plain = type(tile) is tuple  # as before Pillow 11
             other.tile[number] = (*where, swapped) if plain else type(tile)(*where, swapped)
         return other.getchannel(1) if layout.startswith("LA") else other
-    if max(tags.get(BITS, (8,))) > 8 and tags.get(WHITE_IS) == 0:
+    deep = max(tags.get(BITS, (8,))) > 8
+    if deep and tags.get(WHITE_IS) == 0:
         raise ValueError("16-bit grey whose white is 0, of which a negative would be read; save it "
                          "as PNG")
-    if max(tags.get(BITS, (8,))) > 8 and not is_deep(image):
+    if deep and not is_deep(image):
         raise ValueError("16-bit colours plane by plane, as CMYK or premultiplied; save it as RGB")
     return None
 

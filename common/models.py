@@ -163,19 +163,14 @@ def read_teacher_weights(path, name, classes, img_size):
 
     timm leaves out in silence what does not fit. So of two models that start alike one loads the
     file: weights that are equal in both afterwards were not in it, and a UserError says how many.
-    timm also takes patches for those of a square, so there is another for a model.pt that has a
-    weight for each place of a patch, saw rectangles, and not of img_size, [H, W].
+    img_size: [H, W], see `require_places`.
     """
-    seen = trained_at(path) or own_size(name)
     state = timm.models.load_state_dict(str(path), weights_only=True)
     state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not state:  # timm would look for it in a network
         raise UserError(f"--weights {path}: holds no weights")
-    if seen[0] != seen[1] and seen != list(img_size) and any("pos" in key for key in state):
-        raise UserError(
-            f"--weights {path}: was trained at {px(seen)} and its patches fit no other size; "
-            f"train at --img-size {seen[0]}x{seen[1]}"
-        )
+    seen = trained_at(path) or own_size(name)
+    require_places(path, state, seen, img_size)
     fresh = fresh_model(name, classes, seen)
     before = dict(fresh.named_parameters())
     state = without_prefix(state, before)
@@ -194,6 +189,19 @@ def read_teacher_weights(path, name, classes, img_size):
             f"it lacks {lacking[0]} and has {foreign}; is it another model's?"
         )
     return state
+
+
+def require_places(path, state, seen, img_size):
+    """Raise a UserError for weights of the places of patches that are those of another rectangle.
+
+    timm takes them for a square's and would shuffle them in silence. seen: [H, W] that the weights
+    in the file are for; img_size: that they are wanted for.
+    """
+    if seen[0] != seen[1] and seen != list(img_size) and any("pos" in key for key in state):
+        raise UserError(
+            f"--weights {path}: was trained at {px(seen)} and its patches fit no other size; "
+            f"train at --img-size {seen[0]}x{seen[1]}"
+        )
 
 
 def trained_at(path):

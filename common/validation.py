@@ -31,16 +31,8 @@ def hold_out(home, train, classes, share, group_regex=None):
     pairs = compare(home, train, np.arange(len(train)))
     clusters = joined(parts, pairs)
     val = draw(labels, clusters, share)
-    for _ in range(ROUNDS if pairs else 0):
-        missed = across(home, train, val)
-        if not missed:
-            break
-        print(f"{len(missed)} near-duplicates on two sides, which are drawn again")
-        clusters = joined(clusters, missed)
-        val = draw(labels, clusters, share)
-    else:
-        if pairs:
-            print(f"warning: near-duplicates may be on two sides still, after {ROUNDS} searches")
+    if pairs:
+        clusters, val = draw_again(home, train, clusters, val, share)
     for line in cluster_lines(train.paths(), labels, clusters, parts, classes):
         print(line)
 
@@ -58,6 +50,19 @@ def hold_out(home, train, classes, share, group_regex=None):
             "give a val/ folder"
         )
     return train.take(val).paths()
+
+
+def draw_again(home, train, clusters, val, share):
+    """(clusters, val) as of `hold_out`, drawn until no near-duplicates are found on two sides."""
+    for _ in range(ROUNDS):
+        missed = across(home, train, val)
+        if not missed:
+            return clusters, val
+        print(f"{len(missed)} near-duplicates on two sides, which are drawn again")
+        clusters = joined(clusters, missed)
+        val = draw(train.labels.numpy(), clusters, share)
+    print(f"warning: near-duplicates may be on two sides still, after {ROUNDS} searches")
+    return clusters, val
 
 
 def across(home, train, val):
