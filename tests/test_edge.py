@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,16 @@ def test_a_rare_class_that_an_int8_file_loses_counts_as_much_as_a_common_one(tmp
     assert "+2.0 points of val accuracy lost (2 of 100 pictures), +25.0" in capsys.readouterr().out
     blind[96] = right[96]
     assert export.int8_loss(tmp_path, blind, right, labels, limits)["int8_drop"] == 1.0
+
+
+def test_an_int8_file_may_lose_as_much_as_when_its_run_began(edge):
+    def kept(asked):
+        flags = dict.fromkeys(("good_class", "max_miss_rate", "max_false_alarm_rate"))
+        args = SimpleNamespace(**flags, max_int8_drop=asked)
+        distill.keep_operating_point(edge, args)
+        return args.max_int8_drop
+
+    assert (kept(None), kept(0.0)) == (20, 0.0)
 
 
 def test_another_target_needs_no_training(edge, tiny, tmp_path, monkeypatch, capsys):

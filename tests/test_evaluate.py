@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,13 @@ def test_models_that_call_other_classes_good_are_told(inside, tmp_path, monkeypa
     words = ("--test-dirs", "parts/test", *QUICK, tmp_path)
     assert call(evaluate.main, "runs/student/student.ts", "runs/student/model.pt", *words) == 0
     assert "other classes good; AUROC is of level" in capfd.readouterr().out
+
+
+def test_an_exported_file_of_other_training_pictures_is_known_by_its_fingerprint(inside):
+    first, file = map(evaluate.open_model, (Path(TEACHERS[0]), Path("runs/student/student.ts")))
+    assert not evaluate.trained_on_others(file, first)
+    other = replace(file, header={**file.header, "data_fingerprint": "of others"})
+    assert evaluate.trained_on_others(other, first)
 
 
 def test_a_baseline_alone_is_no_comparison(inside, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_the_file_reads_12_bits_and_sees_the_students_own_size(factory, monkeypa
     model, state = models.load_model("runs/student/model.pt", torch.device("cpu"))
     assert metadata["white_level"] == WHITE and state["img_size"] == [48, 48]
     file = "parts/test/cross/c20_0.png"
-    picture, brightest, _ = infer.decode(open(file, "rb").read(), metadata["white_level"])
+    picture, brightest, _ = infer.decode(Path(file).read_bytes(), metadata["white_level"])
     assert picture.max() > 100 and brightest > 1000
     cache = DecodedCache("runs/decoded", skip_bad=True)
     dataset = {**state["dataset"], "classes": state["classes"]}
