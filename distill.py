@@ -137,6 +137,8 @@ def distil(output, onnx, args):
         opened = splits.open_as_taught(cli.decoded_cache(args), spec, *where)
         labelled, everything, val, dataset = opened
         check_good_classes(dataset["classes"], args.good_class)
+        if not args.balance_classes:
+            training.say_rare(labelled.labels, dataset["classes"])
     cache = CachedLogits(args.ensemble, spec) if args.alpha else None
     pictures = everything if args.alpha else labelled
     training.refuse_epochs(args.epochs, len(everything), args.batch_size)
@@ -326,19 +328,21 @@ def announce(path, metadata):
     )
     print(f"{path}: sha256 {file_sha256(path)}")
     if point:
-        defects = "defective parts" if metadata["group_regex"] else "defects"
-        print(describe_threshold(point, " or ".join(metadata["good_classes"]), defects))
+        good, by_part = " or ".join(metadata["good_classes"]), bool(metadata["group_regex"])
+        print(describe_threshold(point, good, by_part))
 
 
-def describe_threshold(point, good, defects="defects"):
+def describe_threshold(point, good, by_part=False):
     """`choose_threshold`'s result in words, and a warning where too few pictures support it.
 
-    good: names of the good classes; defects: what was counted.
+    good: names of the good classes; by_part: whether the pictures of a part counted once.
     """
-    kind, target = defects if point["goal"] == "miss" else "good parts", 100 * point["target"]
+    defects, target = "defective parts" if by_part else "defects", 100 * point["target"]
+    kind = defects if point["goal"] == "miss" else "good parts"
     text = (
         f"threshold {point['threshold']:.4f} on the probability of not being {good}, for at most "
-        f"{target:g} % of the {kind}; on validation {describe_rates(point['validation'])}"
+        f"{target:g} % of the {kind}; on validation "
+        f"{describe_rates(point['validation'], by_part)}"
     )
     if point["pictures"] < point["needed"]:
         text += (

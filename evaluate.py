@@ -219,8 +219,8 @@ def open_model(path):
         spec = load_ensemble(path)
         if changed := next(models.changed_teachers(spec), None):
             raise UserError(
-                f"{path}: its teacher {changed} is missing, damaged or was trained again; "
-                "build the ensemble again"
+                f"{path}: its teacher {changed} is missing, damaged or was trained again; run "
+                "build_ensemble.py --overwrite, or name the models to measure"
             )
         files = [Path(teacher["path"]) for teacher in spec["teachers"]]
         combination = spec["temperatures"], spec["weights"]

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -310,12 +310,16 @@ def load_student(path, sha256=None, threads=None):
     student: uint8 pictures [H, W, 3] or [B, H, W, 3] -> probabilities, float32 [B, K].
     """
     if not os.path.isfile(path):
-        raise Refused(f"{path}: no such file; distill.py writes it")
+        what = "a folder; name a file in it" if os.path.isdir(path) else "no such file"
+        raise Refused(f"{path}: {what}, a .ts or .onnx of distill.py")
+    kind = Path(path).suffix.lower()
+    if kind not in CHECKSUMS:
+        raise Refused(f"{path}: no .ts or .onnx; name the student that distill.py exported")
     data = Path(path).read_bytes()  # once, so that what is loaded is what was checked
-    if sha256 is not None and (its := hashlib.sha256(data).hexdigest()) != sha256.lower():
+    its = hashlib.sha256(data).hexdigest()
+    if sha256 and its != sha256.lower():
         raise Refused(f"{path}: its sha256 is {its}, not {sha256}; copy the file again")
-    is_onnx = Path(path).suffix.lower() == ".onnx"
-    kind, load = (".onnx", load_onnx) if is_onnx else (".ts", load_torchscript)
+    load = {".ts": load_torchscript, ".onnx": load_onnx}[kind]
     content, checksum = data[:-CHECKSUMS[kind]], data[-CHECKSUMS[kind]:]
     if hashlib.sha256(content).hexdigest().encode() not in checksum:
         raise foreign(path, kind)
@@ -323,7 +327,7 @@ def load_student(path, sha256=None, threads=None):
         student, text, runtime = load(data, threads)
     with refused_as(foreign, path, kind):
         metadata = json.loads(text)
-        metadata["runtime"] = runtime[metadata["precision"]]
+        metadata |= {"runtime": runtime[metadata["precision"]], "sha256": its}
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
         height, width = metadata["view_size"]
@@ -469,6 +473,8 @@ class Judge:
         self.good = {metadata["classes"].index(name) for name in metadata["good_classes"]}
         point = metadata["operating_point"]
         self.band = review_band or (point and (point["threshold"], point["threshold"]))
+        # What decides, in judged.jsonl: the beginning of the model's sha256, and the band.
+        self.rule = [metadata.get("sha256", "")[:12], *map(float, self.band or ())]
 
     def __call__(self, path, picture=None, ready=lambda content: True):
         """The verdict on the picture in a file, or on the given one [H, W, 3], as plain data.
@@ -559,17 +565,18 @@ def show(verdict, as_json, as_csv):
     return failed
 
 
-def watch(folder, judge, report):
+def watch(folder, judge, report, rule):
     """Judge what arrives below `folder`, each picture once, across restarts, kills and full disks.
 
-    judged.jsonl gets a line per picture, after its heatmap and before its report; where one of the
-    three cannot be written, the picture counts as not judged. A kill between the last two leaves a
-    line that was not reported. A picture that is renamed or moved, or whose size or time of change
-    is set anew, is another one.
+    judged.jsonl gets a line per picture, with the `rule` that decided, after its heatmap and before
+    its report; where one of the three cannot be written, the picture counts as not judged. A kill
+    between the last two leaves a line that was not reported. A picture that is renamed or moved, or
+    whose size or time of change is set anew, is another one.
     """
     with only_watcher(folder), open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
-        judged = judged_before(log)
-        say(f"watching {printable(folder)}, {len(judged)} judged before")
+        judged, last = judged_before(log)
+        other = ", the last by another model or band" if judged and last != rule else ""
+        say(f"watching {printable(folder)}, {len(judged)} judged before{other}")
         later = {}  # pictures that something around them kept from being read: when to try again
         first = {}  # when others were read for the first time that may not be whole yet
 
@@ -596,7 +603,7 @@ def watch(folder, judge, report):
             if "error" in verdict and not rested(key):
                 continue
             with all_or_nothing(log):
-                append(log, {"key": key, **verdict})
+                append(log, {"key": key, **verdict, "rule": rule})
                 report(verdict)
             judged.add(key)
             first.pop(key, None)
@@ -618,8 +625,11 @@ def only_watcher(folder):
 
 
 def judged_before(log):
-    """The keys in judged.jsonl, open for appending; a last line that a kill cut off is removed."""
-    keys = set()
+    """(keys in judged.jsonl, the rule of the last); a last line that a kill cut off is removed.
+
+    log: the file, open for appending.
+    """
+    keys, rule = set(), None
     with open(log.name, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -627,8 +637,10 @@ def judged_before(log):
                 break
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # else damaged
                 whole = line[line.rfind(b'{"key": ['):]  # after one that a full disk cut off
-                keys.add(tuple(json.loads(whole)["key"]))
-    return keys
+                row = json.loads(whole)
+                keys.add(tuple(row["key"]))
+                rule = row.get("rule")
+    return keys, rule
 
 
 def append(log, row):
@@ -712,13 +724,21 @@ def check_reading():
                       f"the oldest that works is {OLDEST['Pillow']}") from None
 
 
+def digest(text):
+    """argparse type: 64 hexadecimal digits, behind which sha256sum writes the file's name."""
+    first = text.split(None, 1)[0] if text.split() else ""
+    if len(first) != 64 or set(first.lower()) - set("0123456789abcdef"):
+        raise ArgumentTypeError(f"{text!r} is no sha256, which has 64 hexadecimal digits")
+    return first
+
+
 def parse_arguments():
     """The flags; ends the program for wrong ones, and refuses folders that do not fit."""
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = p.add_argument
     add("pictures", nargs="*", help="files, patterns or folders (default: data/fasteners/test)")
     add("--model", default="runs/student/student.ts", help="a .ts or .onnx of distill.py")
-    add("--sha256", metavar="HEX", help="refuse a model with another sha256")
+    add("--sha256", metavar="HEX", type=digest, help="refuse a model with another sha256")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="an object per line, all probabilities")
     form.add_argument("--csv", action="store_true", help="comma-separated, with a header")
@@ -769,7 +789,7 @@ def run():
         print(*FIELDS, sep=",")
     if args.watch:
         try:
-            watch(args.watch, judge, report)
+            watch(args.watch, judge, report, judge.rule)
         except BrokenPipeError:  # no `| head` that has seen enough
             raise Refused("output: nobody reads it any more, so the watch ends") from None
     paths = list(list_pictures(args.pictures))

@@ -45,7 +45,6 @@ OTHER_SHAPE = 1.5  # factor between proportions from which on a line says so
 SLOWEST = 0.75**13  # timm's scale of the learning rate of the first layers of a ViT of 12 blocks
 STRIDE = 32  # px of a picture for one of a network's last features
 LOST = 3  # px in a view below which nothing is seen of a defect: a rule of thumb
-UNEQUAL = 4  # times another class's pictures from which on a line says so
 
 
 def parse_arguments():
@@ -244,8 +243,7 @@ def open_pictures(folder, view_size, args):
     for line in size_lines((train + val).sizes(), view_size):
         print(line)
     if not args.balance_classes:
-        for line in rare_lines(train.labels, dataset["classes"]):
-            print(line)
+        training.say_rare(train.labels, dataset["classes"])
     return train, val, dataset
 
 
@@ -294,18 +292,6 @@ def size_lines(sizes, view_size):
         yield (
             f"{squeezed} of {len(theirs)} pictures have another shape than the views, by a factor "
             f"of more than {OTHER_SHAPE}, and are squeezed"
-        )
-
-
-def rare_lines(labels, classes):
-    """What helps a class with few of the pictures, in words. labels: int64 tensor [N]."""
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    fewest, most = min(counts), max(counts)
-    if most >= UNEQUAL * fewest:
-        yield (
-            f"of {classes[counts.index(fewest)]} there are {fewest} training pictures, of "
-            f"{classes[counts.index(most)]} {most}; --balance-classes, here and of distill.py, "
-            "draws all classes as often"
         )
 
 

@@ -78,7 +78,8 @@ def identity(spec):
         **{f"dataset {name}": value for name, value in dataset.items() if name != "dir"},
         "unlabelled": pool.get("fingerprint"),
         "unlabelled dropped": pool.get("dropped"),
-        "teachers": [teacher["weights_sha256"] for teacher in spec.get("teachers") or []],
+        "teachers": [f"{teacher['model']} {teacher['weights_sha256']}"
+                     for teacher in spec.get("teachers") or []],
     }
 
 

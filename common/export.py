@@ -278,5 +278,5 @@ def load_exported(path):
         student, metadata = infer.load_student(path)
     except infer.Refused as error:
         raise UserError(str(error)) from None
-    del metadata["runtime"]
+    del metadata["runtime"], metadata["sha256"]  # which the file does not hold
     return lambda frames: torch.from_numpy(student(frames.numpy())), metadata

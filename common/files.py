@@ -74,7 +74,8 @@ def shorten(value):
 def first_line(error, limit=120):
     """The first line of an exception's message, or its type where it has none, cut to `limit`."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:limit]
+    first = text.splitlines()[0]
+    return first if len(first) <= limit else f"{first[:limit - 3]}..."
 
 
 def some_of(texts):

@@ -31,7 +31,8 @@ def data_folder(data_dir):
         except ValueError as error:
             raise UserError(str(error)) from None
     if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder")
+        raise UserError(f"{data_dir}: no such folder, seen from {Path.cwd()}; --data-dir says "
+                        "where the pictures lie")
     unread = [f"{path.name}/" for path in folders_in(folder) if not is_read(path.name)]
     if unread and part_folder(folder, "train").is_dir():
         read = "train/, val/, test*/ and unlabelled/"

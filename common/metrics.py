@@ -287,8 +287,11 @@ def target_verdict(point):
     return "missed" if binomial(n, target)[k:].sum() <= RISK else "not shown to be met"
 
 
-def describe_rates(point):
-    """`rates` in words: 3 of 60 defects missed (5.0 %, 95 % interval 1.7 to 13.7), ..."""
+def describe_rates(point, by_part=False):
+    """`rates` in words: 3 of 60 defects missed (5.0 %, 95 % interval 1.7 to 13.7), ...
+
+    by_part: whether they are of `of_parts`.
+    """
     words = []
     for goal, title in (("miss", "defects missed"), ("false_alarm", "good parts rejected")):
         r = point[goal]
@@ -298,4 +301,5 @@ def describe_rates(point):
             share = f"{100 * r['rate']:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
             text += f" ({share})"
         words.append(text)
-    return ", ".join(words)
+    of_parts = "; a part counts by the picture on which it is easiest to go wrong"
+    return ", ".join(words) + (of_parts if by_part else "")

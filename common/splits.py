@@ -95,12 +95,12 @@ def open_training(cache, dataset, moved_to=None):
         "held_out": held_out,
     }
     if "fingerprint" in dataset:
-        require_same(
-            {**dataset, "dir": opened["dir"]},
-            opened,
-            f"the pictures in {folder}",
-            "give the --data-dir that the earlier stage was made from, or make that stage again",
-        )
+        remedy = ("give the --data-dir that the earlier stage was made from, or begin again: "
+                  "train_teacher.py --overwrite")
+        expected = {**dataset, "dir": opened["dir"], "fingerprint": fingerprint}
+        require_same(expected, opened, f"the pictures in {folder}", remedy)
+        if fingerprint != dataset["fingerprint"]:
+            raise UserError(f"{folder}: pictures were added, removed or changed since; {remedy}")
     require_named(train + val, held_out + dataset["dropped"], folder)
     train, val = (without(each, dataset["dropped"], classes) for each in (train, val))
     return train, val, opened
@@ -159,17 +159,22 @@ def open_same_pool(cache, folder, dataset, unlabelled):
                 "build it again with them"
             )
         return None
+    without_it = "build it again, without them by build_ensemble.py --unlabelled none --overwrite"
+    if folder == "none":
+        raise UserError(f"--unlabelled none: the ensemble was built with {unlabelled['dir']}; "
+                        f"{without_it}")
     beside = folders.part_folder(dataset["dir"], "unlabelled")
     if folder is None:
         stayed = Path(unlabelled["dir"]).is_dir() or not beside.is_dir()
         folder = unlabelled["dir"] if stayed else beside
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder, of the ensemble's unlabelled pictures; say "
+                        f"with --unlabelled where they lie, or {without_it}")
     pool, found = open_pool(cache, folder, dataset)
-    require_same(
-        {"unlabelled": unlabelled["fingerprint"]},
-        {"unlabelled": found["fingerprint"]},
-        f"{folder} against the ensemble",
-        "give the --unlabelled folder it was made from, or build it again",
-    )
+    if found["fingerprint"] != unlabelled["fingerprint"]:
+        raise UserError(f"{folder}: pictures were added, removed or changed since the ensemble was "
+                        "built; give the --unlabelled folder it was made from, or build it again: "
+                        "build_ensemble.py --overwrite")
     moved = [f"{Path(folder).name}/{path.split('/', 1)[1]}" for path in unlabelled["dropped"]]
     require_named(pool, moved, folder)
     return without(pool, moved)

@@ -31,6 +31,7 @@ from common.validation import below, groups_of
 
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
+UNEQUAL = 4  # times another class's pictures from which on a line says so
 SAVES = 10  # validations and checkpoints per run, evenly spread, the last one at the end
 ONLY_TO_RESUME = ("optimizer", "scaler")
 WRITTEN = ("last.pt", "model.pt", "log.csv", *EXPORTED)
@@ -366,6 +367,18 @@ class Run:
         if state["steps"] == self.schedule.steps:
             model = {key: state[key] for key in state if key not in ONLY_TO_RESUME}
             save_checkpoint(model, self.folder / "model.pt")
+
+
+def say_rare(labels, classes):
+    """Print what helps a class with few of the training pictures. labels: int64 tensor [N]."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    fewest, most = min(counts), max(counts)
+    if most >= UNEQUAL * fewest:
+        print(
+            f"of {classes[counts.index(fewest)]} there are {fewest} training pictures, of "
+            f"{classes[counts.index(most)]} {most}; --balance-classes, in every training, draws "
+            "all classes as often"
+        )
 
 
 def identity(header, schedule):

@@ -224,8 +224,10 @@ def test_logits_that_do_not_belong_to_the_pictures(refused, tmp_path):
         return tmp_path / "e"
 
     other = make_set(tmp_path / "other", {"train": 24, "unlabelled": 16}, seed=1)
-    assert "fingerprint differs" in distil("--data-dir", other)
-    assert "unlabelled differs" in distil("--unlabelled", other / "unlabelled")
+    assert "added, removed or changed since; give" in distil("--data-dir", other)
+    said = distil("--unlabelled", other / "unlabelled")
+    assert "added, removed or changed since the ensemble was built" in said
+    assert "build_ensemble.py --unlabelled none --overwrite" in distil("--unlabelled", "none")
     assert "no ensemble here" in distil(tmp_path / "nowhere")
 
     folder = copied()

@@ -490,7 +490,7 @@ def test_a_passing_error_is_told_once_tried_again_and_not_recorded(tmp_path, mon
     monkeypatch.setattr(infer, "AGAIN", 0)
     monkeypatch.setattr(infer, "SETTLE", 0)
     with pytest.raises(KeyboardInterrupt):
-        infer.watch(tmp_path, lambda path, ready: next(answers), told.append)
+        infer.watch(tmp_path, lambda path, ready: next(answers), told.append, [])
     assert ["error" in verdict for verdict in told] == [True, False]
     assert ["error" in verdict for verdict in judged(tmp_path)] == [False]
 
@@ -524,7 +524,7 @@ def watched(folder, judge, monkeypatch, enough):
 
     monkeypatch.setattr(infer.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        infer.watch(folder, judge, told.append)
+        infer.watch(folder, judge, told.append, [])
     return told
 
 
@@ -595,7 +595,26 @@ def test_classes_may_be_called_key(tmp_path):
     row = {"key": ["a.png", 1, 2], "probabilities": {"key": 0.9, "nut": 0.1}}
     with open(tmp_path / "judged.jsonl", "ab", buffering=0) as log:
         infer.append(log, row)
-        assert infer.judged_before(log) == {("a.png", 1, 2)}
+        assert infer.judged_before(log) == ({("a.png", 1, 2)}, None)
+
+
+def test_the_record_says_which_model_and_threshold_judged(edge, shots):
+    file = edge / "student.ts"
+    judge = infer.Judge(*infer.load_student(file))
+    assert judge.rule[0] == hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    assert judge.rule[1:] == list(judge.band)
+
+    def line_of(*words):
+        watcher = start_watch(edge, shots, *words, stderr=subprocess.PIPE)
+        said = watcher.stderr.readline()
+        wait_until(lambda: len(names_judged(shots)) == 5)
+        stop(watcher)
+        return said
+
+    assert "0 judged before\n" in line_of() and "5 judged before\n" in line_of()
+    assert [record["rule"] for record in judged(shots)] == 5 * [judge.rule]
+    other = line_of("--review-band", "0.2", "0.7")
+    assert "5 judged before, the last by another model or band\n" in other
 
 
 def test_a_watch_whose_record_is_taken_away_ends(tmp_path, monkeypatch):
@@ -606,7 +625,7 @@ def test_a_watch_whose_record_is_taken_away_ends(tmp_path, monkeypatch):
         return {"path": path.name}
 
     with pytest.raises(infer.Refused, match="moved, removed or changed"):
-        infer.watch(tmp_path, judge, None)
+        infer.watch(tmp_path, judge, None, [])
 
 
 def test_a_watch_that_nobody_listens_to_ends_with_status_2(edge, shots):
@@ -843,7 +862,10 @@ def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here):
     assert infer.load_student(file, right.upper())[1]["precision"] == "float32"
     said = refusal(edge / "student.int8.ts", right)
     assert right in said and "its sha256 is" in said
-    for wrong in ("0" * 64, ""):  # of a variable that is not set
-        assert right in in_one_line(infer_here("--model", file, "--sha256", wrong, ROOT))
+    assert right in in_one_line(infer_here("--model", file, "--sha256", "0" * 64, ROOT))
+    assert infer.digest(f"{right}  student.ts\n") == right  # as sha256sum prints it
+    for wrong in ("", right[:12], right[:-1] + "x"):  # the first: of a variable that is not set
+        said = infer_here("--model", file, "--sha256", wrong, ROOT)
+        assert said.returncode == 2 and "64 hexadecimal digits" in said.stderr
     help_text = " ".join(infer_here("--help").stdout.split())
     assert "is a program, and loading it runs it" in help_text

@@ -35,7 +35,7 @@ def print_tables(summary):
     print()
     for point in operating_points(models):
         rejecting = "{file} on {set}, rejecting from {threshold:.4f}".format_map(point)
-        print(f"{rejecting}: {describe_rates(point)}; target {point['verdict']}")
+        print(f"{rejecting}: {point['rates']}; target {point['verdict']}")
     for each in summary["untold"]:
         print(
             "validation does not tell about {set}: {differ} of {models} models differ by more than "
@@ -55,7 +55,8 @@ def minus(scores, is_baseline):
 def operating_points(models):
     """A row per exported file and test set: what its threshold does there, and the verdict."""
     return [
-        {"file": name, "set": of, "verdict": target_verdict(point), **point}
+        {"file": name, "set": of, "verdict": target_verdict(point), **point,
+         "rates": describe_rates(point, by_part=model["group_regex"])}
         for name, model in models.items()
         for of, scores in model["sets"].items()
         if (point := scores.get("operating_point"))
