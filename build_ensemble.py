@@ -199,16 +199,17 @@ def open_pool(cache, val, dataset, args):
     folder = folders.pool_folder(dataset["dir"], args.unlabelled)
     if folder is None:
         return None, None
-    pool, unlabelled = splits.open_pool(cache, folder, dataset)
+    pool = splits.open_pool(cache, folder, dataset)
     others = [val, *splits.open_to_compare(cache, dataset)]
     leaks = args.drop_leaks, args.allow_leakage
-    dropped = splits.leaked_paths(pool, others, "unlabelled", *leaks)
+    dropped = splits.leaked_paths(pool, others, "unlabelled", "test or validation", *leaks)
     dropped += splits.unlabelled_of_parts(pool, others, dataset["group_regex"], *leaks)
     if not folders.is_embedded(dataset["dir"]):  # whose pictures are drawn one by one
         in_detail = splits.in_detail(cache, dataset, pool, val)
         dropped += validation.repeated(cache.home, *in_detail, "unlabelled", args.drop_leaks)
-    dropped = list(dict.fromkeys(dropped))
-    return splits.without(pool, dropped), {**unlabelled, "dropped": dropped}
+    dropped, fingerprint = list(dict.fromkeys(dropped)), pool.fingerprint()
+    spec = {"dir": str(folder), "fingerprint": fingerprint, "dropped": dropped}
+    return splits.without(pool, dropped), spec
 
 
 def choose_recipe(paths, states, changes):

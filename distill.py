@@ -19,7 +19,6 @@ the cached views. With --alpha 0 it sees labelled pictures alone, each pass in n
 --mixup every one is mixed with another of its batch, and their labels and soft targets likewise.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,6 @@ def parse_arguments():
     p.add_argument("--steps", type=cli.positive_int, metavar="N",
                    help=f"batches to train on (default: {STEPS}; {EMBEDDED_STEPS} for the embedded "
                    "set from scratch); at 128 px one takes about 0.3 s on two CPU cores")
-    p.add_argument("--epochs", type=cli.positive_int, nargs=1, help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation and order; the views are the ensemble's "
                    "(default: %(default)s)")
@@ -141,7 +139,6 @@ def distil(output, onnx, args):
             training.say_rare(labelled.labels, dataset["classes"])
     cache = CachedLogits(args.ensemble, spec) if args.alpha else None
     pictures = everything if args.alpha else labelled
-    training.refuse_epochs(args.epochs, len(everything), args.batch_size)
     cli.lap("pictures")
 
     # The student.
@@ -170,7 +167,7 @@ def distil(output, onnx, args):
     cli.lap("training")
 
     if distributed.rank() == 0:
-        export_student(output, everything, val, spec, onnx, args)
+        export_student(output, everything, val, spec["seed"], recipe, onnx, args)
     cli.lap("export")
 
 
@@ -222,17 +219,19 @@ def lesson(labelled, everything, cache, mixed):
     )
 
 
-def export_student(output, pictures, val, spec, onnx, args):
-    """Export model.pt as student.ts and student.int8.ts, and as ONNX where that is asked for."""
+def export_student(output, pictures, val, seed, recipe, onnx, args):
+    """Export model.pt as student.ts and student.int8.ts, and as ONNX where that is asked for.
+
+    seed, recipe: of the views of `pictures` that the ranges of int8 are taken from.
+    """
     student, state = models.load_model(output / "model.pt", torch.device("cpu"))
-    recipe = cli.recipe(ViewRecipe.from_dict, state["view_recipe"], output)
     order = np.random.default_rng(args.seed).permutation(len(pictures))
     some = order[:CALIBRATION_PICTURES]
 
     def views():
         for part in np.array_split(some, -(-len(some) // CALIBRATION_BATCH)):
             batch = pictures.batch(part)
-            yield render(batch, part, np.ones(len(part), int), spec["seed"], recipe)
+            yield render(batch, part, np.ones(len(part), int), seed, recipe)
 
     dataset = state["dataset"]
     about = {
@@ -251,7 +250,7 @@ def export_student(output, pictures, val, spec, onnx, args):
     if args.max_false_alarm_rate:
         goal, target = "false_alarm", args.max_false_alarm_rate
     int8_drop = INT8_DROP if args.max_int8_drop is None else args.max_int8_drop
-    parts = validation.groups_of(validation.below(val), dataset["group_regex"])
+    parts = validation.groups_of(val, dataset["group_regex"])
     limits = export.Limits(goal, target, int8_drop, parts)
     exported = export.export_student(student, val, views, about, limits, output, onnx)
     for name, metadata in exported.items():
@@ -270,7 +269,7 @@ def warn_of_repeats(cache, val, dataset, metadata):
     good = numbers_of(metadata["good_classes"], metadata["classes"])
     rows = np.flatnonzero(np.isin(val.labels, good) == (goal == "false_alarm"))
     counted = val.take(rows)
-    parts = validation.groups_of(validation.below(counted), dataset["group_regex"])
+    parts = validation.groups_of(counted, dataset["group_regex"])
     (detailed,) = splits.in_detail(cache, dataset, counted)
     pairs = validation.compare(cache.home, detailed, np.arange(len(rows)))
     told_apart, all_parts = len(set(validation.joined(parts, pairs))), len(set(parts))
@@ -286,7 +285,7 @@ def warn_of_repeats(cache, val, dataset, metadata):
 def keep_operating_point(output, args):
     """Fill in flags of the threshold that are not given: of the last export, or the run's start."""
     begun = [output / name for name in ("model.pt", "last.pt") if (output / name).is_file()]
-    before = dict(models.read_header(begun[0])["args"]) if begun else vars(args)
+    before = {**vars(args), **(models.read_header(begun[0])["args"] if begun else {})}
     try:
         metadata = export.load_exported(output / "student.ts")[1]
         before["good_class"] = metadata["good_classes"] or before["good_class"]

@@ -147,8 +147,8 @@ class Model:
     """A model under test, not loaded yet.
 
     kind: teacher, student, ensemble or exported; header: what it says of itself, a checkpoint's
-    state, an ensemble's spec or an exported file's metadata; dataset: of its training, of which an
-    exported file knows classes, view_size and white_level alone. An ensemble has a file per
+    state, an ensemble's spec or an exported file's metadata; dataset: of its training, of an
+    exported file its metadata, which do not say where the pictures lie. An ensemble has a file per
     teacher, with temperatures and weights; any other model is one file.
     """
 
@@ -373,7 +373,7 @@ def score(model, probabilities, pictures, good):
     scores = metrics.score(probabilities, labels, good)
     if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        parts = validation.groups_of(validation.below(pictures), model.header.get("group_regex"))
+        parts = validation.groups_of(pictures, model.header.get("group_regex"))
         scored = metrics.defects(probabilities, labels, good, parts)
         scores["operating_point"] = {**point, **metrics.rates(*scored, point["threshold"])}
     return scores

@@ -81,11 +81,6 @@ def csv_name(name):
     return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
-def read_picture(file, white_level=65535):
-    """The first of what `decode` returns, of a path or binary file."""
-    return decode(file.read() if hasattr(file, "read") else Path(file).read_bytes(), white_level)[0]
-
-
 def decode(content, white_level=65535):
     """(picture, brightest, several) of a file's bytes: uint8 RGB [H, W, 3], upright by EXIF.
 
@@ -327,7 +322,7 @@ def load_student(path, sha256=None, threads=None):
         student, text, runtime = load(data, threads)
     with refused_as(foreign, path, kind):
         metadata = json.loads(text)
-        metadata |= {"runtime": runtime[metadata["precision"]], "sha256": its}
+        metadata.update(runtime=runtime[metadata["precision"]], sha256=its)
         if metadata["schema"] != SCHEMA or not metadata["white_level"] > 0:
             raise ValueError("foreign")
         height, width = metadata["view_size"]
@@ -575,7 +570,7 @@ def watch(folder, judge, report, rule):
     """
     with only_watcher(folder), open(Path(folder, "judged.jsonl"), "ab", buffering=0) as log:
         judged, last = judged_before(log)
-        other = ", the last by another model or band" if judged and last != rule else ""
+        other = ", the last by another model or band" if last not in (None, rule) else ""
         say(f"watching {printable(folder)}, {len(judged)} judged before{other}")
         later = {}  # pictures that something around them kept from being read: when to try again
         first = {}  # when others were read for the first time that may not be whole yet

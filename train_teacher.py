@@ -69,7 +69,6 @@ def parse_arguments():
                    f"{OF_TRANSFORMERS[1]} and at most {OF_TRANSFORMERS[2]}; fewer for the embedded "
                    "set from scratch); at 128 px one takes 0.5 s (EfficientNet-Lite0) to "
                    "1.4 s (DINOv2 ViT-S) on two CPU cores")
-    p.add_argument("--epochs", type=cli.positive_int, nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--seed", type=cli.seed, default=0,
                    help="of initialisation, order and views (default: %(default)s)")
     p.add_argument("--output", default="runs",
@@ -126,11 +125,10 @@ def main():
             view_size = args.view_size or default_view_size(folder)
             img_sizes = [choose_img_size(name, view_size, args.img_size) for name in args.model]
             train, val, dataset = open_pictures(folder, view_size, args)
-        training.refuse_epochs(args.epochs, len(train), args.batch_size)
         cli.lap("pictures")
         for number, name in enumerate(args.model):
             with distributed.first_then_others():
-                model, groups = create(number, dataset, img_sizes[number], args)
+                model, groups = create(number, dataset, img_sizes[number], resumed[number], args)
             models.on_device(model, device)
             schedule = plan(number, model, len(train), dataset, args)
             run = training.Run(model, groups, schedule, homes[number], {
@@ -165,12 +163,12 @@ def regex(text):
 
 def check_models(names, weights, steps):
     """Refuse names, weight files and numbers of steps that do not fit together."""
-    for flag, values in (("--weights", weights), ("--steps", steps)):
-        one_for_all = flag == "--steps" and values and len(values) == 1
-        if values and len(values) != len(names) and not one_for_all:
-            raise UserError(
-                f"{flag} names {len(values)} for {len(names)} models; give one for each"
-            )
+    if weights and len(weights) != len(names):
+        raise UserError(f"--weights names {len(weights)} files for {len(names)} models; give one "
+                        "for each")
+    if steps and len(steps) not in (1, len(names)):
+        raise UserError(f"--steps names {len(steps)} numbers for {len(names)} models; give one for "
+                        "all or one for each")
     if len(set(names)) < len(names):
         raise UserError("--model: each name once; two runs of one model need two --output folders")
     for name in names:
@@ -222,7 +220,7 @@ def open_pictures(folder, view_size, args):
         "dropped": [],
     })
     tests, leaks = splits.open_to_compare(cache, dataset), (args.drop_leaks, args.allow_leakage)
-    dropped = splits.leaked_paths(train + val, tests, "training", *leaks)
+    dropped = splits.leaked_paths(train + val, tests, "training or validation", "test", *leaks)
     parts = [(train + val, tests)]
     if not dataset["held_out"]:  # there is a val/
         if args.val_fraction:
@@ -295,21 +293,18 @@ def size_lines(sizes, view_size):
         )
 
 
-def create(number, dataset, img_size, args):
+def create(number, dataset, img_size, resume, args):
     """(model, parameter groups); a pretrained backbone learns more slowly than its new head."""
     torch.manual_seed(args.seed)
-    model = models.create_teacher(
-        args.model[number],
-        len(dataset["classes"]),
-        img_size,
-        args.pretrained,
-        args.weights[number] if args.weights else None,
-    )
+    weights = args.weights[number] if args.weights and not resume else None
+    pretrained = args.pretrained and not resume
+    name, classes = args.model[number], len(dataset["classes"])
+    model = models.create_teacher(name, classes, img_size, pretrained, weights)
     if not models.starts_warm(vars(args)):
         return model, parameter_groups(model, args.weight_decay)
-    others = models.normalised_otherwise(args.model[number]) if args.weights else []
+    others = models.normalised_otherwise(name) if weights else []
     if others:
-        print(f"{args.model[number]}: normalises pictures as its own weights want them; those of "
+        print(f"{name}: normalises pictures as its own weights want them; those of "
               f"{some_of(others)} want others, and to be named so: --model {others[0]}")
     backbone_lr, layer_decay = fine_tuning_rates(model.backbone)
     return model, parameter_groups(model, args.weight_decay, layer_decay, backbone_lr)

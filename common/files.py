@@ -225,7 +225,7 @@ def checksummed(path, ending=CHECKSUM):
             raise file.error or error  # noqa: B904
 
 
-def check_checksum(path, ending=CHECKSUM):
+def check_checksum(path):
     """Raise a UserError unless every byte of a `checksummed` file is the one written.
 
     Costs about a second per GB.
@@ -234,15 +234,15 @@ def check_checksum(path, ending=CHECKSUM):
         raise UserError(f"{path}: no such file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size - len(ending.format("0" * 64))
+        left = os.fstat(file.fileno()).st_size - len(CHECKSUM.format("0" * 64))
         while left > 0 and (block := file.read(min(left, 1 << 20))):
             digest.update(block)
             left -= len(block)
         end = file.read()
-    if end == ending.format(digest.hexdigest()).encode():
+    if end == CHECKSUM.format(digest.hexdigest()).encode():
         return
     reason = "cut off, or not of this version of the project (no sha256 at its end)"
-    if end.startswith(ending.split("{}")[0].encode()):
+    if end.startswith(CHECKSUM.split("{}")[0].encode()):
         reason = "damaged (its sha256 differs)"
     raise UserError(f"{path}: {reason}; make it again")
 

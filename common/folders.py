@@ -99,8 +99,10 @@ def pool_folder(data_dir, named=None):
 
     named: the folder asked for, 'none' for none, or None for the data folder's own.
     """
-    folder = Path(named) if named else part_folder(data_dir, "unlabelled")
-    return folder if named != "none" and (named or folder.is_dir()) else None
+    if named:
+        return None if named == "none" else Path(named)
+    folder = part_folder(data_dir, "unlabelled")
+    return folder if folder.is_dir() else None
 
 
 def class_folders(folder, may_lack=False):

@@ -191,13 +191,13 @@ class DecodedCache:
         rows, size = wanted["files"], wanted["view_size"]
         bad, sizes, brightest, of_several_pages = {}, [], None, 0
 
-        def decode(row):
+        def read(row):
             return decode_file(folder / row[0], row[1], size, wanted["white_level"])
 
         images, threads = files.checksummed(home / "images.bin"), ThreadPoolExecutor(self.workers)
         with images as array, threads as pool:
-            parts = (rows[start:start + AHEAD] for start in range(0, len(rows), AHEAD))
-            decoded = chain.from_iterable(pool.map(decode, part) for part in parts)
+            parts = (rows[first:first + AHEAD] for first in range(0, len(rows), AHEAD))
+            decoded = chain.from_iterable(pool.map(read, part) for part in parts)
             bar = tqdm(decoded, f"decoding {folder}", len(rows), disable=None, leave=False)
             for (path, _), (pixels, properties) in zip(rows, bar):
                 if pixels is None:

@@ -5,7 +5,7 @@ A dataset is a dict that every stage passes on, so that all see the same split:
     dir, view_size, white_level    where the pictures are, and how they are read: [H, W] in px
     val_fraction, group_regex      how a part of train/ is held out where there is no val/
     held_out                       the paths of these; drawn once, then every stage has the same
-    dropped                        training pictures that are left out, since a test set holds them
+    dropped                        pictures of train/ and val/ that --drop-leaks left out
     classes, fingerprint           what these are; compared when a later stage opens it
 """
 
@@ -136,14 +136,10 @@ def in_detail(cache, dataset, *sets):
 
 
 def open_pool(cache, folder, dataset):
-    """(Pictures without labels from anywhere below a folder, {"dir", "fingerprint", "dropped"}).
-
-    Errors as of `cache.open`.
-    """
+    """`Pictures` without labels from anywhere below a folder. Errors as of `cache.open`."""
     decoded = cache.open(folder, dataset["view_size"], dataset["white_level"])
     decoded.require_readable(cache.skip_bad)
-    pool = Pictures.of(decoded)
-    return pool, {"dir": str(folder), "fingerprint": pool.fingerprint(), "dropped": []}
+    return Pictures.of(decoded)
 
 
 def open_same_pool(cache, folder, dataset, unlabelled):
@@ -170,8 +166,8 @@ def open_same_pool(cache, folder, dataset, unlabelled):
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder, of the ensemble's unlabelled pictures; say "
                         f"with --unlabelled where they lie, or {without_it}")
-    pool, found = open_pool(cache, folder, dataset)
-    if found["fingerprint"] != unlabelled["fingerprint"]:
+    pool = open_pool(cache, folder, dataset)
+    if pool.fingerprint() != unlabelled["fingerprint"]:
         raise UserError(f"{folder}: pictures were added, removed or changed since the ensemble was "
                         "built; give the --unlabelled folder it was made from, or build it again: "
                         "build_ensemble.py --overwrite")
@@ -221,15 +217,15 @@ def open_to_compare(cache, dataset):
     return [Pictures.of(cache.open(folder, size, white_level)) for folder in tests]
 
 
-def leaked_paths(pictures, others, kind, drop, allow):
+def leaked_paths(pictures, others, kind, other_kind, drop, allow):
     """The paths of pictures to leave out, since others have the same bytes or the same pixels.
 
-    others: list of `Pictures`; kind: "training" or "unlabelled". Where there are some, drop and
-    allow say what to do; with neither a UserError says so.
+    others: list of `Pictures`; kind, other_kind: of which kind either are, in words. Where there
+    are some, drop and allow say what to do; with neither a UserError says so.
     """
     def names(each):
         return zip(each.digests(), each.pixel_digests())
-    said = f"{kind} pictures are test or validation pictures too"
+    said = f"{kind} pictures are {other_kind} pictures too"
     return leaks_left_out(shared(pictures, others, names), said, drop, allow)
 
 

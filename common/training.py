@@ -27,7 +27,7 @@ from common.models import (
     starts_warm,
     weights_sha256,
 )
-from common.validation import below, groups_of
+from common.validation import groups_of
 
 WARMUP = 0.1  # share of all steps with rising learning rate
 CHECK = 20  # steps between looks at whether the loss is finite: a look waits for a GPU
@@ -78,13 +78,6 @@ def check_run_folder(folder, resume, overwrite):
         raise UserError(
             f"{folder}: holds a run already; use --resume, --overwrite or another --output"
         )
-
-
-def refuse_epochs(epochs, pictures, batch_size):
-    """Raise a UserError where the --epochs of earlier versions is given: it says how many steps."""
-    if epochs:
-        steps = " ".join(str(n * -(-pictures // batch_size)) for n in epochs)
-        raise UserError(f"--epochs: the length of a run is counted in steps; use --steps {steps}")
 
 
 class Order:
@@ -213,7 +206,7 @@ class Run:
         """Yield (indices, views, batch) of the steps that are left, the next batch read meanwhile.
 
         indices, views: int64 arrays [B], this process's share of batch_size; batch: uint8
-        [B, S, S, 3] on the device. balanced: see `Order`; stored_views: number of views to go
+        [B, H, W, 3] on the device. balanced: see `Order`; stored_views: number of views to go
         through again and again, None for a new one in every pass.
         """
         s, first = self.schedule, self.steps_done
@@ -225,6 +218,7 @@ class Run:
             return indices, views, pictures.batch(indices, self.device)
 
         self.began, self.first_step = time.perf_counter(), first
+        self.before = self.history[-1]["seconds"] if self.history else 0.0
         self.begin_tenth()
         hidden = distributed.rank() > 0 or None  # None: only where there is no terminal
         self.bar = tqdm(
@@ -281,7 +275,7 @@ class Run:
         return (self.steps_done - 1) * SAVES // steps < self.steps_done * SAVES // steps
 
     def validate(self, val):
-        """Ten times a run: score the model on val, log a line, write last.pt and model.pt.
+        """Ten times a run: score the model on val, log a line, write last.pt, and model.pt last.
 
         With --balance-classes the last of these fits the biases of the last layer: classes that
         were drawn alike still do not weigh alike where a few pictures of one were learnt by heart.
@@ -307,7 +301,7 @@ class Run:
 
     def fit_biases(self, logits, val):
         """Make classes weigh alike. logits: float32 [N, K], what the model says of val."""
-        parts = groups_of(below(val), self.header["dataset"]["group_regex"])
+        parts = groups_of(val, self.header["dataset"]["group_regex"])
         by = fit_biases(logits, val.labels, parts)
         shift_logits(self.model, by)
         moved = ", ".join(f"{name} {b:+.2f}" for name, b in zip(self.header["classes"], by))
@@ -323,7 +317,7 @@ class Run:
             "val_accuracy": metrics["accuracy"],
             "val_balanced_accuracy": metrics["balanced_accuracy"],
             "val_nll": metrics["nll"],
-            "seconds": round(seconds, 1),
+            "seconds": round(self.before + seconds, 1),
         }
         self.history.append(row)
         tqdm.write(

@@ -27,7 +27,7 @@ def hold_out(home, train, classes, share, group_regex=None):
     near-duplicates decide. Raises UserError where a class cannot be divided.
     """
     require_match(below(train), group_regex)
-    parts, labels = groups_of(below(train), group_regex), train.labels.numpy()
+    parts, labels = groups_of(train, group_regex), train.labels.numpy()
     pairs = compare(home, train, np.arange(len(train)))
     clusters = joined(parts, pairs)
     val = draw(labels, clusters, share)
@@ -100,12 +100,9 @@ def below(pictures):
     return [path.split("/", 1)[1] for path in pictures.paths()]
 
 
-def groups_of(paths, pattern):
-    """What each picture shows: the pattern's first match group in its path, else the path itself.
-
-    paths: `below` their set; pattern: a regular expression, or None.
-    """
-    return [pattern and part_of(path, pattern) or path for path in paths]
+def groups_of(pictures, pattern):
+    """What each of the `Pictures` shows: its part by the pattern, if there is one, or its path."""
+    return [pattern and part_of(path, pattern) or path for path in below(pictures)]
 
 
 def require_match(paths, pattern):

@@ -15,12 +15,18 @@ import evaluate
 import train_teacher
 from common import cli
 from common.pictures import WHITE_LEVEL, DecodedCache
+from infer import decode
 
 ROOT = Path(__file__).parent.parent
 TEACHERS = ("test_vit", "test_resnet")  # timm's smallest
 SIZE, VIEW_SIZE = [32, 40], "32x40"  # no square, so that whatever takes one for granted fails
 CPU = ("--device", "cpu")
 DATASET = {"view_size": SIZE, "white_level": WHITE_LEVEL}  # how splits.py is told to read pictures
+
+
+def read_picture(file):
+    """uint8 RGB [H, W, 3] of a path or binary file, as infer.py reads it."""
+    return decode(file.read() if hasattr(file, "read") else Path(file).read_bytes())[0]
 
 
 def draw(label, rng):

@@ -61,7 +61,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(
     ensemble = load_ensemble("runs/ensemble")
     cache = DecodedCache("runs/decoded")
     train, _, dataset = splits.open_training(cache, ensemble["dataset"])
-    pool, _ = splits.open_pool(cache, "parts/unlabelled", dataset)
+    pool = splits.open_pool(cache, "parts/unlabelled", dataset)
     pictures = train + pool
     torch.manual_seed(5)
     student = models.create_student(3, SIZE).train()
@@ -143,7 +143,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         logs = []
         for half in ("whole", "cut"):
             rows = (tmp_path / half / run / "log.csv").read_text().splitlines()
-            logs.append([row.rsplit(",", 1)[0] for row in rows])  # but for the seconds
+            rows, seconds = zip(*(row.rsplit(",", 1) for row in rows))
+            logs.append(rows)
+            seconds = list(map(float, seconds[1:]))
+            assert seconds == sorted(seconds)  # those before an interruption count
         assert logs[0] == logs[1]
         for name in ("model.pt", "last.pt"):
             assert same_weights(tmp_path / "whole" / run / name, tmp_path / "cut" / run / name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, DATASET, ROOT, SIZE, call
+from conftest import CPU, DATASET, ROOT, SIZE, call, read_picture
 
 import distill
 import infer
@@ -33,7 +33,7 @@ def edge(tiny):
 def frames(tiny):
     """uint8 [60, 40, 48, 3]: the test pictures as a camera gives them."""
     files = sorted((tiny.data / "test").rglob("*.png"))
-    return torch.from_numpy(np.stack([infer.read_picture(file) for file in files]))
+    return torch.from_numpy(np.stack([read_picture(file) for file in files]))
 
 
 def test_files_say_what_they_are(edge):

@@ -192,14 +192,6 @@ def test_a_run_is_resumed_only_as_warm_and_on_the_pictures_it_began_with(refused
     assert "pretrained differs" in refused(train_teacher, *words, "--resume")
 
 
-def test_epochs_are_refused_with_the_steps_that_they_would_have_been(refused, tmp_path):
-    out = ("--output", tmp_path / "out")
-    words = (*PARTS[:-4], "--epochs", 3, "-b", 16, *CPU, *out)  # 57 pictures
-    assert "use --steps 12" in refused(train_teacher, *words)
-    assert "use --steps 14" in refused(distill, "--epochs", 2, "-b", 16, *CPU, *out)  # 105
-    assert not (tmp_path / "out").exists()
-
-
 def test_teachers_that_do_not_belong_together(refused, tmp_path):
     def build(*words):
         return refused(build_ensemble, *words, *CPU)
@@ -255,6 +247,8 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
     assert "ensemble differs" in refused(distill, *words, "--resume")
+    teacher = ("--resume", "--output", "runs/test_vit", *CPU)
+    assert "resume with the flags" in refused(distill, *teacher)
 
 
 def test_a_student_is_resumed_without_the_file_that_it_started_from(no_export, inside, tmp_path):

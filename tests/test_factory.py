@@ -92,7 +92,7 @@ def opened(factory, monkeypatch):
 
 
 def parts_of(pictures):
-    return validation.groups_of(validation.below(pictures), PATTERN)
+    return validation.groups_of(pictures, PATTERN)
 
 
 def test_a_damaged_file_is_left_out_and_the_asked_share_validates_by_parts(opened):

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_set
+from conftest import ROOT, make_set, read_picture
 from PIL import Image
 from test_situations import png_of_16_bits, tiff_of_16_bits
 
@@ -19,7 +19,6 @@ import infer
 from common import folders
 from common.files import UserError
 from common.pictures import list_pictures
-from infer import read_picture
 
 
 def encoded(picture, kind, **options):
@@ -69,12 +68,12 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
 def test_reading_a_picture_takes_no_more_than_eight_bytes_a_pixel(tmp_path):
     Image.new("RGB", (4000, 4000)).save(tmp_path / "x.png")
     program = (
-        "from infer import read_picture\n"
+        "from infer import decode\n"
         "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status')\n"
         "                        if line.startswith('VmHWM'))\n"
         "open('/proc/self/clear_refs', 'w').write('5')  # the peak begins anew\n"
         "before = peak()\n"
-        f"read_picture({str(tmp_path / 'x.png')!r})\n"
+        f"decode(open({str(tmp_path / 'x.png')!r}, 'rb').read())\n"
         "print(peak() - before)\n"
     )
     command = [sys.executable, "-c", program]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, DATASET, SIZE, VIEW_SIZE, call, make_set
+from conftest import CPU, DATASET, SIZE, VIEW_SIZE, call, make_set, read_picture
 from PIL import Image
 
 import build_ensemble
@@ -42,18 +42,18 @@ def saved(picture, kind, **options):
 ])
 def test_colour_pictures_of_every_mode_keep_their_colours(mode, kind):
     converted = two_halves().convert(mode, palette=Image.Palette.ADAPTIVE)
-    pixels = infer.read_picture(saved(converted, kind)).astype(int)
+    pixels = read_picture(saved(converted, kind)).astype(int)
     assert pixels.shape == (20, 40, 3)
     assert np.abs(pixels[5, 5] - RED).max() <= 30 and np.abs(pixels[5, 35] - GREEN).max() <= 30
 
 
 def test_grey_and_16_bit_pictures_keep_their_brightness_whatever_else_is_in_them():
     ramp = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(8, 0)
-    grey = infer.read_picture(saved(Image.fromarray(ramp), "PNG"))
-    deep = infer.read_picture(saved(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG"))
+    grey = read_picture(saved(Image.fromarray(ramp), "PNG"))
+    deep = read_picture(saved(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG"))
     assert (grey == ramp[..., None]).all() and (deep == grey).all()
     dark = saved(Image.fromarray(np.full((4, 4), 200, np.uint16)), "PNG")  # of 65535
-    assert infer.read_picture(dark).max() == 0
+    assert read_picture(dark).max() == 0
 
 
 def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_a_12_bit_camera_is_warned_of_and_read_with_its_white_level(tmp_path, ca
 def test_exif_orientation_is_applied_once(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
-    pixels = infer.read_picture(saved(two_halves(), kind, exif=exif))
+    pixels = read_picture(saved(two_halves(), kind, exif=exif))
     assert pixels.shape == (40, 20, 3)
     assert pixels[5, 10, 0] > 150 and pixels[35, 10, 1] > 150  # red above, green below
 
@@ -109,7 +109,7 @@ def test_every_bad_picture_is_named_and_skip_bad_leaves_them_out(tmp_path, capsy
     assert "4 pictures cannot be read and are left out" in capsys.readouterr().out
     assert readable.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     last = root.parent / readable.path(9)
-    expected = pictures.resize(torch.from_numpy(infer.read_picture(last)), SIZE)
+    expected = pictures.resize(torch.from_numpy(read_picture(last)), SIZE)
     assert (readable.batch([9])[0] == expected).all()
 
 
@@ -223,7 +223,7 @@ def test_test_pictures_in_training_stop_it_unless_allowed_or_dropped(tmp_path, m
              "--steps", 2)
     assert call(train_teacher.main, *words, *CPU) == 2
     error = capfd.readouterr().err
-    assert "2 training pictures are test or validation pictures too" in error
+    assert "2 training or validation pictures are test pictures too" in error
     assert "--drop-leaks" in error
     assert not (tmp_path / "runs" / "test_resnet").exists()
     assert call(train_teacher.main, *words, "--allow-leakage", *CPU) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SIZE, call
+from conftest import CPU, ROOT, SIZE, call, read_picture
 from PIL import Image
 
 import distill
@@ -96,7 +96,7 @@ def test_both_formats_say_the_same_from_the_picture_file_on(edge, tiny):
 
 
 def test_both_formats_see_the_same_evidence(edge, tiny):
-    picture = infer.read_picture(sorted((tiny.data / "test" / "cross").iterdir())[0])
+    picture = read_picture(sorted((tiny.data / "test" / "cross").iterdir())[0])
     for (name, twin), allowed in zip(PAIRS, (1e-3, 0.2)):
         maps = []
         for file in (edge / name, edge / twin):

@@ -319,7 +319,7 @@ def test_unlabelled_pictures_of_parts_for_testing_or_validation_are_told(tmp_pat
     for number, file in enumerate(sorted((parts / "unlabelled").iterdir())):
         file.rename(file.with_name(f"part{number}_2.png"))
     (parts / "test" / "level" / "l000.png").rename(parts / "test" / "level" / "part7_1.png")
-    pool, _ = splits.open_pool(cache, parts / "unlabelled", DATASET)
+    pool = splits.open_pool(cache, parts / "unlabelled", DATASET)
     tests = [splits.open_labelled(cache, parts / "test", DATASET)[1]]
     told = splits.unlabelled_of_parts(pool, tests, r"part(\d+)_", True, False)
     assert told == ["unlabelled/part7_2.png"]

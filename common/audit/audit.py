@@ -39,7 +39,7 @@ def open_training_sets(cache, dataset, specs, moved_to=None):
             unlabelled = specs[0]["unlabelled"]
             sets["unlabelled"] = splits.open_same_pool(cache, None, dataset, unlabelled)
         elif beside and not specs:  # of students alone what lies in the data folder
-            sets["unlabelled"], _ = splits.open_pool(cache, beside, dataset)
+            sets["unlabelled"] = splits.open_pool(cache, beside, dataset)
     except UserError as error:
         print(f"audit: without the unlabelled pictures ({error})")
     return sets
@@ -78,12 +78,13 @@ def findings_of(cache, dataset, sets):
 
 
 def find_copies(sets, detailed):
-    """{"copies", "conflicts", "repeats"}: across sets; within one, equal pixels of two labels; all.
+    """Pictures that repeat others, as plain data.
 
-    detailed: the `Pictures` of all sets one behind another, at `splits.in_detail`. Lists of dicts:
-    picture, set, row and of, of_set, of_row, kind "bytes", "pixels" or "near", likeness, labels. A
-    picture is among the copies once, as the strongest kind. `repeats` is how many pictures of each
-    set repeat others of it, pixel for pixel.
+    copies: of another set; conflicts: of the same set, equal in pixels but not in label; both lists
+    of dicts: picture, set, row and of, of_set, of_row, kind "bytes", "pixels" or "near", likeness,
+    labels, each picture once, as the strongest kind. repeats: {set: how many repeat others of it,
+    pixel for pixel}. detailed: the `Pictures` of all sets one behind another, at
+    `splits.in_detail`.
     """
     first, *others = sets.values()
     pictures = sum(others, start=first)

@@ -29,7 +29,7 @@ def probe(train, tests):
     for of, test in tests.items():
         answers = {"largest class": np.tile(one_hot[counts.argmax()], (len(test), 1))}
         for name, x in properties(test).items():
-            (answers[name],) = discriminant(fitted_on[name], labels, [x])
+            answers[name] = discriminant(fitted_on[name], labels, x)
         for name, answer in answers.items():
             result = score(one_hot[answer.argmax(1)], test.labels)  # scores are no probabilities
             kept = {key: result[key] for key in ("accuracy", "balanced_accuracy")}
@@ -54,21 +54,21 @@ def properties(pictures):
     }
 
 
-def discriminant(x, labels, others):
-    """Fit a class-balanced linear discriminant; its scores [N', K] for each of others [N', D].
+def discriminant(x, labels, other):
+    """Scores [N', K] that a class-balanced linear discriminant fitted on x has for other [N', D].
 
     Score k is x S^-1 m_k - m_k S^-1 m_k / 2, of the class means m_k and the covariance S within
     classes (Fisher 1936), which PENALTY shrinks to a multiple of the identity; x: float [N, D],
     standardised here; labels: int [N]. Picture n counts N / (K N_{y_n}), or a large class would
-    decide S. What never varies in x tells nothing, however it is in others.
+    decide S. What never varies in x tells nothing, however it is in other.
     """
     counts = np.bincount(labels)
     mean, spread = x.mean(0), x.std(0)
     spread[spread < 1e-6 * (1 + np.abs(mean))] = 1
-    fitted, *others = [(each - mean) / spread for each in (x, *others)]
+    fitted, other = ((each - mean) / spread for each in (x, other))
     centres = np.stack([fitted[labels == k].mean(0) for k in range(len(counts))])
     weights = len(labels) / (len(counts) * counts[labels])
     within = (fitted - centres[labels]) * np.sqrt(weights)[:, None]
     covariance = within.T @ within + PENALTY * np.eye(x.shape[1])
     directions = np.linalg.solve(covariance, centres.T)
-    return [each @ directions - (centres.T * directions).sum(0) / 2 for each in others]
+    return other @ directions - (centres.T * directions).sum(0) / 2

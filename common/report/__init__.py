@@ -163,7 +163,7 @@ def details(summary, answers, pictures, shown):
         point = model["sets"][name].get("operating_point")
         if point:
             good = metrics.numbers_of(model["good_classes"], summary["classes"])
-            parts = validation.groups_of(validation.below(each), model["group_regex"])
+            parts = validation.groups_of(each, model["group_regex"])
             scores, defective = metrics.defects(p, labels, good, parts)
             if defective.any() and not defective.all():
                 curves.append(charts.operating_curve(scores, defective, point))
@@ -221,7 +221,7 @@ def occlusion(path, model):
 def address(pictures, row, heat_of=None):
     """The address of an <img> that holds a picture itself, as JPEG.
 
-    heat_of: function from uint8 [S, S, 3] to float [h, w] in 0..1, laid over it in red.
+    heat_of: function from uint8 [H, W, 3] to float [h, w] in 0..1, laid over it in red.
     """
     frame = pictures.batch([row])[0].numpy()
     image = Image.fromarray(frame)

@@ -39,7 +39,7 @@ from common.pictures import (
     resize,
 )
 from common.validation import joined
-from infer import read_picture
+from infer import decode
 from train_teacher import default_view_size
 
 PLANTED = 210  # at most
@@ -110,7 +110,8 @@ def plant(train, rng):
 
 def read(folder):
     """PIL images of all pictures below a folder."""
-    return [Image.fromarray(read_picture(folder / path)) for path in list_pictures(folder)]
+    files = (folder / path for path in list_pictures(folder))
+    return [Image.fromarray(decode(file.read_bytes())[0]) for file in files]
 
 
 def as_pictures(images, size):

@@ -54,9 +54,9 @@ def main():
     for side, name in ((8, "8x8 thumbnail"), (1, "mean colour")):
         others = [thumbnails(pictures, side) for pictures, _ in tests]
         for pictures, labels in (train, drawn):
-            answers = discriminant(thumbnails(pictures, side), labels, others)
-            row = [name, f"{len(labels)}"]
-            for answer, (_, truth) in zip(answers, tests):
+            fitted, row = thumbnails(pictures, side), [name, f"{len(labels)}"]
+            for other, (_, truth) in zip(others, tests):
+                answer = discriminant(fitted, labels, other)
                 row.append(f"{100 * (answer.argmax(1) == truth).mean():.1f}")
             rows.append(row)
     sizes = [f"{name} ({len(truth)})" for name, (_, truth) in zip(TESTS, tests)]

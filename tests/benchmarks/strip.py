@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common import cli
 from common.files import UserError
 from common.folders import EMBEDDED, class_folders, data_folder, test_folders
-from infer import Judge, load_student, occlusion_map, read_picture, resize
+from infer import Judge, decode, load_student, occlusion_map, resize
 
 SIDE, GAP, MARGIN = 160, 12, 8  # px of a picture, between columns, around all
 LINE, LINES, BELOW = 17, 3, 14  # px of a line of text; lines under a picture; px below them
@@ -40,7 +40,7 @@ def pick(folders, classes, seed):
 
 def tile(judge, file, font):
     """One picture with its verdict and its true label underneath."""
-    picture = read_picture(file)
+    picture = decode(file.read_bytes())[0]
     verdict = judge(file, picture)
     decision, true = verdict["decision"], file.parent.name
     evidence = occlusion_map(judge.student, resize(picture, judge.view_size), judge.good)

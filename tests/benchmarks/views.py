@@ -16,7 +16,7 @@ from PIL import Image
 
 from common import cli
 from common.views import ViewRecipe, render
-from infer import read_picture, resize
+from infer import decode, resize
 
 COLUMNS, GAP = 3, 4
 
@@ -33,7 +33,7 @@ def main():
     args = p.parse_args()
     recipe = cli.recipe(ViewRecipe().changed, args.view_recipe, "--view-recipe")
 
-    frame = np.array(resize(read_picture(args.picture), args.view_size))
+    frame = np.array(resize(decode(Path(args.picture).read_bytes())[0], args.view_size))
     if args.grid:
         frame[::args.grid] = frame[:, ::args.grid] = 255
     count = 1 + args.views
