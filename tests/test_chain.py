@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,15 +49,16 @@ def test_the_students_learn_something(tiny):
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_the_first_steps_loss_is_the_formula_of_the_docstring(
+def test_a_steps_loss_is_the_formula_of_the_docstring_with_the_answers_to_its_views(
     inside, no_export, tmp_path, monkeypatch, mixes
 ):
-    """One step on all pictures: what log.csv says against numpy, from the same start and views."""
+    """All pictures in their second view: what log.csv says against numpy, from the same start."""
     monkeypatch.setattr(models, "precision", lambda device: None)  # in float32
-    words = ("--steps", 1, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
+    words = ("--steps", 2, "-b", 105, "--alpha", 0.7, "--temperature", 3, "--seed", 5)
+    words += ("--lr", 1e-30)  # so that the first step leaves the start as it is
     words += ("--mixup",) if mixes else ()
     assert call(distill.main, *words, "--output", tmp_path / "s", *CPU) == 0
-    logged = float(next(csv.DictReader(open(tmp_path / "s" / "log.csv")))["loss"])
+    _, second = csv.DictReader(open(tmp_path / "s" / "log.csv"))
 
     ensemble = load_ensemble("runs/ensemble")
     cache = DecodedCache("runs/decoded")
@@ -66,19 +68,19 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(
     torch.manual_seed(5)
     student = models.create_student(3, SIZE).train()
     student.to(memory_format=torch.channels_last)
-    indices, _ = Order(pictures.labels, 5).batch(0, 105)
-    views = np.ones(105, int)
+    indices, _ = Order(pictures.labels, 5).batch(1, 105)
+    views = np.full(105, 2)
     recipe = ViewRecipe.from_dict(ensemble["view_recipe"])
     with torch.no_grad():
         pixels = render(pictures.batch(indices), indices, views, ensemble["seed"], recipe)
-        share = shares(5, 0, 105) if mixes else torch.ones(105)
+        share = shares(5, 1, 105) if mixes else torch.ones(105)
         own = share[:, None, None, None]
         s = student(own * pixels + (1 - own) * pixels.roll(1, 0)).double().numpy()
 
     def log_softmax(z):
         return z - np.log(np.exp(z).sum(1, keepdims=True))
 
-    z = np.load("runs/ensemble/view_001.npy")[:, indices].astype(np.float64)
+    z = np.load("runs/ensemble/view_002.npy")[:, indices].astype(np.float64)
     together = 0
     for logits, t, weight in zip(z, ensemble["temperatures"], ensemble["weights"]):
         together = together + weight * logits / t
@@ -89,7 +91,7 @@ def test_the_first_steps_loss_is_the_formula_of_the_docstring(
     y, q = (own * rows + (1 - own) * np.roll(rows, 1, 0) for rows in (y, q))
     ce = -(y * log_softmax(s)).sum() / y.sum()
     kl = (q * (np.log(q) - log_softmax(s / 3))).sum(1).mean()
-    assert logged == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-5)
+    assert float(second["loss"]) == pytest.approx(0.3 * ce + 0.7 * 9 * kl, rel=1e-5)
 
 
 def test_alpha_zero_trains_bit_for_bit_like_plain_cross_entropy(
@@ -125,12 +127,13 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
 
     cut = (*words, *CPU, "--output", tmp_path / "cut")
-    old = tmp_path / "cut" / runs[-1] / "model.pt"
-    old.parent.mkdir(parents=True)
-    old.write_bytes(b"of an earlier run")
+    old = [tmp_path / "cut" / runs[-1] / name for name in ("model.pt", "student.ts")]
+    old[0].parent.mkdir(parents=True)
+    for file in old:
+        file.write_bytes(b"of an earlier run")
     monkeypatch.setattr(training, "save_checkpoint", save_then_interrupt)
     assert call(main, *cut, "--overwrite") == 130
-    assert not old.exists()  # which --resume would take for finished
+    assert not any(map(Path.exists, old))  # which --resume would take for finished
     monkeypatch.setattr(training, "save_checkpoint", real)
     assert load_checkpoint(tmp_path / "cut" / runs[0] / "last.pt")["steps"] == 3
     assert call(main, *cut) == 2  # neither --resume nor --overwrite
@@ -314,6 +317,21 @@ def test_all_logits_of_a_network_are_shifted_in_its_last_layer(name):
         assert torch.allclose(model(pixels), before + by, atol=1e-5)
 
 
+def test_clip_grad_and_weight_decay_hold_and_shrink_the_weights(inside, no_export, tmp_path):
+    torch.manual_seed(3)
+    start = models.create_student(3, SIZE).state_dict()["backbone.conv1.weight"]
+
+    def moved(clip_grad, weight_decay):
+        words = ("--clip-grad", clip_grad, "--weight-decay", weight_decay, "--steps", 1, "-b", 16)
+        words += ("--seed", 3, "--overwrite", "--output", tmp_path)
+        assert call(distill.main, *words, *CPU) == 0
+        state = load_checkpoint(tmp_path / "model.pt")["state_dict"]
+        return float((state["backbone.conv1.weight"] - start).abs().max())
+
+    assert moved(1e-20, 0) < 1e-7 < moved(0, 0)
+    assert moved(1e-20, 100) > 1e-4
+
+
 def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
     def plan(name, *words):
         monkeypatch.setattr("sys.argv", ["train_teacher.py", "--model", name, *words])
@@ -327,6 +345,7 @@ def test_the_embedded_set_is_fine_tuned_like_any_other(monkeypatch):
     assert plan("test_resnet", "--pretrained") == (1200, 1e-3)
     assert plan("test_vit", "--pretrained") == (480, 1e-3)
     assert plan("test_vit", "--steps", "7", "--lr", "0.1") == (7, 0.1)
+    assert plan("test_vit", "test_resnet", "--steps", "7", "9")[0] == 7
 
 
 @pytest.mark.parametrize("labels, batch, steps, of_transformers", [
@@ -506,6 +525,17 @@ def test_metrics_file_has_the_promised_keys_and_agrees_with_itself(tiny):
             wanted = {"balanced_accuracy", "macro_f1", "nll", "ece", "auroc", "minus_baseline"}
             assert wanted <= set(s)  # the student was told which class is good
     assert report["models"]["runs/student/student.ts"]["latency_device"] == "cpu"
+
+
+def test_an_ensemble_is_measured_as_it_teaches(tiny):
+    spec, p = load_ensemble(tiny.runs / "ensemble"), {}
+    with open(tiny.runs / "report" / "predictions.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            its = [float(row[f"p_{name}"]) for name in spec["dataset"]["classes"]]
+            p.setdefault(row["model"], []).append(its)
+    z = [np.log(np.maximum(p[teacher["path"]], 1e-7)) for teacher in spec["teachers"]]
+    q = np.exp(sum(w * each / T for w, T, each in zip(spec["weights"], spec["temperatures"], z)))
+    assert np.allclose(q / q.sum(1, keepdims=True), p["runs/ensemble"], atol=1e-3)
 
 
 def test_predictions_hold_every_picture_of_every_model_and_agree_with_the_scores(tiny):

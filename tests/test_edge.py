@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPU, DATASET, ROOT, SIZE, call, read_picture
+from PIL import Image
 
 import distill
+import evaluate
 import infer
 from common import export, models, splits
 from common.export import load_exported
@@ -214,6 +216,18 @@ def bright_corner():
     return lambda frames: deployed(torch.from_numpy(frames)).numpy()
 
 
+def test_a_heatmap_is_red_where_the_defect_is(tmp_path):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[4:12, 52:60] = 255
+    metadata = {"view_size": [64, 64], "white_level": 65535, "classes": ["good", "a", "b"],
+                "good_classes": ["good"], "operating_point": {"threshold": 0.0}}
+    judge = infer.Judge(bright_corner(), metadata, heatmaps=tmp_path)
+    with Image.open(tmp_path / judge(Path("x.png"), picture)["heatmap"]) as sheet:
+        image = np.asarray(sheet).astype(int)[18:]  # below the words
+    red = image[..., 0] - image[..., 1]
+    assert red[:240, 240:].max() > 100 and max(red[240:].max(), red[:240, :200].max()) < 40
+
+
 @pytest.mark.parametrize("size, places, hottest", [
     ((96, 240), (5, 12), (0, 11)), ((240, 96), (13, 4), (0, 3)), ((32, 1568), (1, 64), (0, 63)),
 ])
@@ -244,3 +258,20 @@ def test_heat_lies_where_covering_the_picture_weakens_the_likeliest_defect():
     assert heat[4:].max() < 0.1  # class 2 is not the likeliest
     heat = infer.occlusion_map(student, picture, [1])  # now it is the likeliest defect
     assert heat[below_left].max() > 0.9 and heat[:4, 4:].max() < 0.1
+
+
+def test_without_a_good_class_there_are_classes_and_no_decisions(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.root)
+    words = ("--steps", 1, "-b", 16, "--output", tmp_path / "s", *CPU)
+    assert call(distill.main, *words) == 0
+    student, metadata = infer.load_student(tmp_path / "s" / "student.ts")
+    assert metadata["operating_point"] is None
+    judge = infer.Judge(student, metadata, heatmaps=tmp_path / "maps")
+    verdict = judge(tiny.data / "test" / "level" / "l000.png")
+    assert verdict["decision"] is None and (tmp_path / "maps" / verdict["heatmap"]).is_file()
+    words = ("--test-dirs", "parts/test", "--skip-audit", "--output", tmp_path / "r", *CPU)
+    assert call(evaluate.main, tmp_path / "s" / "student.ts", *words) == 0
+    monkeypatch.setattr("sys.argv", ["infer.py", "--model", str(tmp_path / "s" / "student.ts"),
+                                     "--review-band", "0.2", "0.7", "parts/test"])
+    with pytest.raises(infer.Refused, match="no threshold for --review-band; .*--good-class"):
+        infer.run()

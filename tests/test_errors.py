@@ -1,6 +1,7 @@
 """Bad input ends with status 2 and one line: what, where, how to mend it, before any work."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import distill
 import evaluate
 import infer
 import train_teacher
-from common import cli
+from common import cli, models
 from common.files import exclusive, load_json, save_json
 from common.models import load_checkpoint, save_checkpoint
 
@@ -241,14 +242,40 @@ def test_a_student_is_not_resumed_on_an_ensemble_that_was_built_anew(
     shutil.copytree("runs/ensemble", folder)
     words = (folder, "--steps", 2, "--output", tmp_path / "s", *CPU)
     assert call(distill.main, *words) == 0
-    for flag in ("alpha", "temperature"):
-        assert f"{flag} differs" in refused(distill, *words, f"--{flag}", 0.5, "--resume")
+    for flag, value in (("alpha", 0.5), ("temperature", 0.5), ("batch_size", 16), ("seed", 1),
+                        ("img_size", 48), ("clip_grad", 2), ("weight_decay", 0)):
+        other = ("--" + flag.replace("_", "-"), value)
+        assert f"{flag} differs" in refused(distill, *words, *other, "--resume")
     record = load_json(folder / "ensemble.json")
     record["weights"] = record["weights"][::-1]
     save_json(record, folder / "ensemble.json")
     assert "ensemble differs" in refused(distill, *words, "--resume")
     teacher = ("--resume", "--output", "runs/test_vit", *CPU)
     assert "resume with the flags" in refused(distill, *teacher)
+
+
+def test_pretrained_without_a_network_says_what_to_do(refused, tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    create = models.timm.create_model
+    monkeypatch.setattr(models.timm, "create_model", lambda name, pretrained=False, **more:
+                        no_network() if pretrained else create(name, **more))
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", no_network)
+    out = ("--output", tmp_path / "out")
+    assert "give --weights FILE" in refused(train_teacher, *RESNET, "--pretrained", *out)
+    for hub in ((), ("timm",)):
+        assert "give --weights FILE" in refused(distill, *CPU, *out, "--pretrained", *hub)
+
+
+def test_every_flag_of_the_readme_is_in_the_help_of_a_script(capsys):
+    flag, said = r"(?<![\w-])--[a-z][a-z0-9-]+", ""
+    for script in (train_teacher, build_ensemble, distill, evaluate, infer):
+        assert call(script.main, "--help") == 0
+        said += capsys.readouterr().out
+    others = {"--standalone", "--nproc-per-node", "--save"}  # torchrun's, trtexec's
+    named = set(re.findall(flag, (ROOT / "README.md").read_text("utf-8"))) - others
+    assert len(named) > 30 and named <= set(re.findall(flag, said))
 
 
 def test_a_student_is_resumed_without_the_file_that_it_started_from(no_export, inside, tmp_path):

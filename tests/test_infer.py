@@ -234,10 +234,13 @@ def test_a_pipe_among_the_pictures_is_not_waited_for(edge, tmp_path):
     assert "no pictures" in in_one_line(run)
 
 
-def test_heatmaps_are_not_written_among_the_pictures(edge, tiny, tmp_path):
+def test_heatmaps_are_not_written_among_the_pictures(
+    edge, tiny, tmp_path, infer_here, monkeypatch
+):
     shutil.copytree(tiny.data / "test" / "cross", tmp_path / "shots")
-    words = ("--model", edge / "student.ts", "shots", "--heatmap", "shots")
-    assert "among the pictures" in in_one_line(run_infer(*words, cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", edge / "student.ts", "shots/*.png", "--heatmap", "shots")
+    assert "among the pictures" in in_one_line(infer_here(*words))
     assert not list(tmp_path.rglob("*.jpg"))
 
 
@@ -764,9 +767,15 @@ def test_of_several_pages_a_line_says_which_is_judged(edge, tmp_path, infer_here
     assert run.returncode == 0 and "a.tif: the first of several pages is judged" in run.stderr
 
 
-def test_heatmaps_inside_a_searched_folder_are_refused(edge, tiny, infer_here):
-    words = ("--model", edge / "student.ts", tiny.data, "--heatmap", tiny.data / "maps")
-    assert "among the pictures" in in_one_line(infer_here(*words))
+def test_heatmaps_inside_a_searched_or_watched_folder_are_refused(tiny, infer_here):
+    words = ("--model", "none.ts", "--heatmap", tiny.data / "maps")
+    for searched in ((tiny.data,), ("--watch", tiny.data)):
+        assert "among the pictures" in in_one_line(infer_here(*words, *searched))
+
+
+def test_a_review_band_is_two_probabilities_in_order(infer_here):
+    said = infer_here("--review-band", 0.9, 0.2, "x.png")
+    assert said.returncode == 2 and "0 <= LOW <= HIGH <= 1" in said.stderr
 
 
 # --------------------------------------------------------------------------- the file of the model
@@ -856,7 +865,7 @@ def test_every_cut_and_flipped_bit_of_a_model_is_refused_or_harmless(edge, tmp_p
     assert refused > 20
 
 
-def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here):
+def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here, monkeypatch):
     file = edge / "student.ts"
     right = hashlib.sha256(file.read_bytes()).hexdigest()
     assert infer.load_student(file, right.upper())[1]["precision"] == "float32"
@@ -869,3 +878,5 @@ def test_only_the_model_of_the_named_sha256_is_loaded(edge, infer_here):
         assert said.returncode == 2 and "64 hexadecimal digits" in said.stderr
     help_text = " ".join(infer_here("--help").stdout.split())
     assert "is a program, and loading it runs it" in help_text
+    monkeypatch.setattr(infer, "load_torchscript", None)  # so another is refused before it runs
+    assert "its sha256 is" in refusal(file, "0" * 64)

@@ -8,7 +8,6 @@ import pytest
 from common.metrics import (
     auroc,
     choose_threshold,
-    confusion_matrix,
     defect_scores,
     difference,
     ece,
@@ -61,11 +60,6 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     assert auroc(SCORES, DEFECTIVE) == 15 / 16
     assert auroc(1 - SCORES, DEFECTIVE) == 1 / 16
     assert auroc(np.zeros(8), DEFECTIVE) == 1 / 2  # all pairs are equal
-
-
-def test_confusion_matrix_counts_rows_as_true():
-    matrix = confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 1]), 2)
-    assert matrix.tolist() == [[0, 2], [0, 1]]
 
 
 def test_the_interval_of_a_difference_by_hand():

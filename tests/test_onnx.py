@@ -29,7 +29,8 @@ for name in export_onnx.PACKAGES:
 PAIRS = (("student.ts", "student.onnx"), ("student.int8.ts", "student.int8.onnx"))
 STUDENT = ("--steps", 105, "-b", 16, "--good-class", "level", *CPU)  # as in conftest.py
 AGAIN = ("--resume", "--onnx", "--max-int8-drop", 20, *STUDENT)
-DEVICE = "numpy numpy.libs PIL pillow.libs onnxruntime google flatbuffers packaging".split()
+DEVICE = ("numpy numpy.libs PIL pillow.libs onnxruntime google flatbuffers packaging "
+          "filelock").split()
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +139,12 @@ def test_a_device_without_torch_judges_watches_and_draws(edge, tiny, tmp_path):
         shutil.copy(file, tmp_path)
     pictures = sorted((tiny.data / "test" / "cross").iterdir())[:3]
 
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+    start = {"cwd": tmp_path, "env": environment, "text": True}
+
     def run(*words):
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
         command = [sys.executable, "-S", *map(str, words)]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        return subprocess.run(command, capture_output=True, **start)
 
     assert "No module named 'torch'" in run("-c", "import torch").stderr
     for model in ("student.onnx", "student.int8.onnx"):
@@ -156,6 +157,14 @@ def test_a_device_without_torch_judges_watches_and_draws(edge, tiny, tmp_path):
         assert len(drawn) == 3 and Image.open(drawn[0]).size[0] == 480
         shutil.rmtree(tmp_path / "red")
         assert json.loads(run("infer.py", "--model", model, "--info").stdout)["view_size"] == SIZE
+    (tmp_path / "shots").mkdir()
+    shutil.copy(pictures[0], tmp_path / "shots")
+    words = ["infer.py", "--model", "student.onnx", "--watch", "shots", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-S", *words], stdout=subprocess.PIPE, **start
+    ) as watcher:
+        assert json.loads(watcher.stdout.readline())["class"] == "cross"
+        watcher.kill()
     refused = run("infer.py", "--model", tiny.runs / "student" / "student.ts", *pictures)
     assert refused.returncode == 2 and "pip install torch" in refused.stderr
 

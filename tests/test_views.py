@@ -185,7 +185,8 @@ def test_the_student_is_taught_with_the_pixels_the_teachers_answered(
     asked, taught = {}, {}
     monkeypatch.setattr(build_ensemble, "render", recorder(asked))
     monkeypatch.setattr(distill, "render", recorder(taught))
-    words = ("--views", 2, "-b", 25, "--output", tmp_path / "ensemble")
+    words = ("--views", 2, "-b", 25, "--view-recipe", "zoom_min=0.5")
+    words += ("--output", tmp_path / "ensemble")
     assert call(build_ensemble.main, *words, *CPU) == 0
     words = ("--steps", 14, "-b", 16, "--output", tmp_path / "s")
     assert call(distill.main, tmp_path / "ensemble", *words, *CPU) == 0
@@ -193,6 +194,29 @@ def test_the_student_is_taught_with_the_pixels_the_teachers_answered(
     assert len({index for index, _ in taught}) == 57 + 48  # labelled less held out, and the pool
     for key, pixels in taught.items():
         assert (asked[key] == pixels).all()
+
+
+def test_the_stand_alone_student_sees_labelled_pictures_alone_in_new_views(
+    inside, no_export, monkeypatch, tmp_path
+):
+    seen = {}
+    monkeypatch.setattr(distill, "render", recorder(seen))
+    words = ("--alpha", 0, "--steps", 15, "-b", 19, "--output", tmp_path)  # five passes
+    assert call(distill.main, *words, *CPU) == 0
+    assert set(seen) == {(index, view) for index in range(57) for view in range(1, 6)}
+
+
+def test_a_teacher_learns_the_views_of_its_recipe(inside, monkeypatch, tmp_path):
+    seen, still = {}, [f"{name}={value}" for name, value in STILL.items()]
+    monkeypatch.setattr(train_teacher, "render", recorder(seen))
+    words = ("--data-dir", "parts", "--view-size", VIEW_SIZE, "--model", "test_resnet")
+    words += ("--steps", 1, "--view-recipe", *still, "--output", tmp_path)
+    assert call(train_teacher.main, *words, *CPU) == 0
+    dataset = models.load_checkpoint(tmp_path / "test_resnet" / "model.pt")["dataset"]
+    train, _, _ = splits.open_training(DecodedCache("runs/decoded"), dataset)
+    for (index, _), pixels in seen.items():
+        plain = train.batch([index])[0].permute(2, 0, 1).float().numpy()
+        assert np.abs(pixels - plain).max() < 0.1
 
 
 def test_no_view_of_the_ensemble_is_one_that_a_teacher_was_trained_on(
