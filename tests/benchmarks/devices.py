@@ -47,7 +47,7 @@ ROWS = (  # Python, Pillow, numpy, runtime, its version; the newest of each runt
     ("3.13", "10.4.0", "2.1.0", "torch", "2.5.0"),
     ("3.11", "9.4.0", "1.24.2", "torch", "1.13.1"),  # all of Debian 12
     ("3.10", "12.3.0", "2.2.6", "torch", "2.14.1"),
-    ("3.10", "9.0.1", "1.21.6", "torch", "2.0.0"),
+    ("3.8", "9.0.1", "1.21.6", "torch", "2.0.0"),  # all of them the oldest
 )
 COLUMNS = (
     "Python", "Pillow", "numpy", "runtime", "files that work", "decisions equal",
