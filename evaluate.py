@@ -12,8 +12,8 @@ Writes  runs/report/report.html       the page to look at: answer, tables, mista
 
 The headline is the mean accuracy over the test sets. Brackets are 95 % intervals over test
 pictures: Wilson's of a share, Agresti and Min's of a difference, while the exact sign test decides
-what is better. They take pictures for independent, which several of one part are not, and do not
-hold what differs between training runs: train several seeds for that.
+what is better. Pictures of one part count together where the training's --group-regex names parts.
+What differs between training runs is not in the intervals: train several seeds for that.
 """
 
 import time
@@ -326,7 +326,7 @@ def run_models(tested, tests, good, device, batch_size):
             **{key: sum(cost[key] for cost in costs) for key in costs[0]},  # teachers' together
             "latency_device": "cpu" if model.kind == "exported" else str(device),
             "good_classes": model.header.get("good_classes", []),
-            "group_regex": model.header.get("group_regex"),
+            "group_regex": model.dataset["group_regex"],
             "validation": model.validation,
             "made_from": made_from,
         }
@@ -370,10 +370,10 @@ def score(model, probabilities, pictures, good):
     probabilities: of the `Pictures`, float [N, K]; good: numbers of the good classes.
     """
     labels = pictures.labels.numpy()
-    scores = metrics.score(probabilities, labels, good)
+    parts = validation.groups_of(pictures, model.dataset["group_regex"])
+    scores = metrics.score(probabilities, labels, good, parts)
     if point := model.header.get("operating_point"):
         good = metrics.numbers_of(model.header["good_classes"], model.header["classes"])
-        parts = validation.groups_of(pictures, model.header.get("group_regex"))
         scored = metrics.defects(probabilities, labels, good, parts)
         scores["operating_point"] = {**point, **metrics.rates(*scored, point["threshold"])}
     return scores

@@ -17,13 +17,14 @@ RISK = 0.05  # that a promised rate does not hold
 # ---------------------------------------------------------------------------------------- scores
 
 
-def score(probabilities, labels, good=()):
+def score(probabilities, labels, good=(), parts=None):
     """All metrics of one model on one set, as plain data: fractions in [0, 1], nll in nats.
 
     probabilities: float [N, K], rows summing to 1; labels: int [N] in [0, K). Balanced accuracy is
     the mean per-class recall; macro F1 the mean per-class F1. good: numbers of the classes that are
     no defect; "auroc" is of the defect scores, where there are good parts and defects; the recall
-    of a class without pictures is None.
+    of a class without pictures is None. parts: N names of what the pictures show, None for others
+    on each; "trials" is as how many independent pictures they count in the interval.
     """
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
     matrix = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
@@ -33,9 +34,12 @@ def score(probabilities, labels, good=()):
     own = probabilities[np.arange(len(labels)), labels]
     scores, defective = defects(probabilities, labels, good)
     both = 0 < defective.sum() < len(labels)
+    n = trials(probabilities.argmax(1) == labels, parts)
+    accuracy = float(right.sum() / matrix.sum())
     return {
-        "accuracy": float(right.sum() / matrix.sum()),
-        "accuracy_interval": list(wilson(right.sum(), len(labels))),
+        "accuracy": accuracy,
+        "accuracy_interval": list(wilson(accuracy * n, n)),
+        "trials": n,
         "balanced_accuracy": float(recall[true > 0].mean()),
         "macro_f1": float(f1[true + predicted > 0].mean()),
         "nll": float(-np.log(np.maximum(own, 1e-12)).mean()),
@@ -104,29 +108,55 @@ def wilson(k, n):
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def difference(rights_a, rights_b):
+def by_part(values, parts=None):
+    """float [G]: sums over the pictures of each part, scaled to have the mean of the pictures.
+
+    values: float or bool [N]; parts: N names of what the pictures show, None for others on each.
+    """
+    if parts is None:
+        return values.astype(np.float64)
+    _, part_of = np.unique(parts, return_inverse=True)
+    sums = np.bincount(part_of, values)
+    return sums * len(sums) / len(values)
+
+
+def trials(right, parts=None):
+    """As how many independent pictures those of several parts count in an interval of their share.
+
+    The effective sample size of Korn and Graubard (1998), from how far parts differ; that of N
+    parts is N, and where all or none are right it is the number of parts. right: bool [N]; parts:
+    as of `by_part`.
+    """
+    each = by_part(right, parts)
+    variance, share = each.var() / len(each), right.mean()
+    return min(float(share * (1 - share) / variance), len(right)) if variance else len(each)
+
+
+def difference(rights_a, rights_b, parts=None):
     """Paired difference of mean accuracy over test sets, a - b, as plain data.
 
-    rights_a, rights_b: one bool [N_set] per test set. `interval`, of 95 %, takes two pictures more,
-    spread over all cells of the sets' tables of two by two (Agresti and Min 2005; Price and Bonett
-    2004), without which it would be too narrow where the two seldom differ. `wins` and `losses`
-    count the pictures that only a or only b got right, over all sets, and `p` is `sign_test` of
-    them.
+    rights_a, rights_b: one bool [N_set] per test set; parts: names as of `by_part` per test set.
+    `interval`, of 95 %, takes two parts more, spread over all cells of the sets' tables of two by
+    two (Agresti and Min 2005; Price and Bonett 2004), without which it would be too narrow where
+    the two seldom differ. `wins` and `losses` count the parts of which a or b got more pictures
+    right, over all sets, and `p` is `sign_test` of them.
     """
-    wins = np.array([(a & ~b).sum() for a, b in zip(rights_a, rights_b)])
-    losses = np.array([(b & ~a).sum() for a, b in zip(rights_a, rights_b)])
-    n = np.array([len(a) for a in rights_a])
+    parts = parts or [None] * len(rights_a)
+    sets = [by_part(a * 1.0 - b, its) for a, b, its in zip(rights_a, rights_b, parts)]
+    n = np.array([len(each) for each in sets])
     more = 2 / len(n)
-    middle = (wins - losses) / (n + more)
-    variance = ((wins + losses + more / 2) / (n + more) - middle**2) / (n + more)
+    middle = np.array([each.sum() for each in sets]) / (n + more)
+    squares = np.array([(each**2).sum() for each in sets])
+    variance = ((squares + more / 2) / (n + more) - middle**2) / (n + more)
     half = Z * np.sqrt(variance.sum()) / len(n)
     low, high = middle.mean() - half, middle.mean() + half
+    wins, losses = (sum(int((s * each > 0).sum()) for each in sets) for s in (1, -1))
     return {
-        "difference": float(np.mean((wins - losses) / n)),
+        "difference": float(np.mean([each.mean() for each in sets])),
         "interval": [max(-1.0, float(low)), min(1.0, float(high))],
-        "wins": int(wins.sum()),
-        "losses": int(losses.sum()),
-        "p": sign_test(int(wins.sum()), int(losses.sum())),
+        "wins": wins,
+        "losses": losses,
+        "p": sign_test(wins, losses),
     }
 
 

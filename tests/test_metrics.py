@@ -125,6 +125,26 @@ def test_of_sets_of_unequal_size_the_interval_of_their_mean_decides_too():
     assert both["interval"][0] < 0 and verdict(both) == "not told apart from"
 
 
+def test_intervals_count_parts_where_several_pictures_show_one():
+    right = np.repeat([True, False, True, False], 5)
+    names = np.repeat(list("abcd"), 5)
+    alone = score(one_hot(np.where(right, 0, 1)), np.zeros(20, int))
+    grouped = score(one_hot(np.where(right, 0, 1)), np.zeros(20, int), parts=names)
+    assert (alone["trials"], grouped["trials"]) == (20, pytest.approx(4))  # five say what one says
+    assert grouped["accuracy_interval"] == pytest.approx(list(wilson(2, 4)))
+    mixed = score(one_hot(np.where(right, 0, 1)), np.zeros(20, int), parts=np.tile(names[::5], 5))
+    assert mixed["trials"] == 20  # what parts have in common says nothing here
+
+    better = difference([np.ones(20, bool)], [right], [names])
+    assert (better["difference"], better["wins"], better["losses"]) == (0.5, 2, 0)
+    assert better["interval"] == difference([np.ones(4, bool)], [right[::5]])["interval"]
+    assert verdict(difference([np.ones(20, bool)], [right])) == "better than"
+    assert verdict(better) == "not told apart from"  # chance does it once in two
+    numbers = [np.arange(20)]
+    singles = difference([np.ones(20, bool)], [right], numbers)
+    assert singles == difference([np.ones(20, bool)], [right])
+
+
 def test_pictures_of_one_part_promise_no_more_than_one():
     scores, defective = np.array([0.9, 0.2, 0.8, 0.1, 0.3]), np.array([1, 1, 1, 0, 0], bool)
     scores, defective = of_parts(scores, defective, ["a", "a", "b", "c", "c"])

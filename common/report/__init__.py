@@ -33,13 +33,17 @@ def compare(results, answers, pictures, baseline):
     """
     decisions = {key: probabilities.argmax(1) for key, probabilities in answers.items()}
     right = {(m, of): each == pictures[of].labels.numpy() for (m, of), each in decisions.items()}
+    patterns = [result["group_regex"] for result in results.values()]
+    pattern = next(filter(None, patterns), None)
+    parts = {of: validation.groups_of(each, pattern) for of, each in pictures.items()}
     ensembles = [name for name, result in results.items() if result["kind"] == "ensemble"]
     for name, result in results.items():
         if baseline:
             ours, theirs = ([right[each, of] for of in pictures] for each in (name, baseline))
-            result["minus_baseline"] = metrics.difference(ours, theirs)
+            result["minus_baseline"] = metrics.difference(ours, theirs, list(parts.values()))
             for of, a, b in zip(pictures, ours, theirs):
-                result["sets"][of]["minus_baseline"] = metrics.difference([a], [b])
+                of_set = metrics.difference([a], [b], [parts[of]])
+                result["sets"][of]["minus_baseline"] = of_set
         for of, scores in result["sets"].items():
             if result["kind"] in ("student", "exported"):
                 same = {each: decisions[name, of] == decisions[each, of] for each in ensembles}
@@ -67,8 +71,9 @@ def untold_by_validation(models):
 
 
 def apart(a, b, by):
-    """Whether the 95 % intervals of two shares do not overlap; a, b: dicts with `by` and n."""
-    (a_low, a_high), (b_low, b_high) = (metrics.wilson(s[by] * s["n"], s["n"]) for s in (a, b))
+    """Whether the 95 % intervals of two shares do not overlap; a, b: of `score`."""
+    counts = ((s[by], s.get("trials", s["n"])) for s in (a, b))
+    (a_low, a_high), (b_low, b_high) = (metrics.wilson(share * n, n) for share, n in counts)
     return a_low > b_high or b_low > a_high
 
 
