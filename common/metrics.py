@@ -108,51 +108,51 @@ def wilson(k, n):
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def by_part(values, parts=None):
+def by_part(values, parts):
     """float [G]: sums over the pictures of each part, scaled to have the mean of the pictures.
 
-    values: float or bool [N]; parts: N names of what the pictures show, None for others on each.
+    values: float [N]; parts: N names of what the pictures show.
     """
-    if parts is None:
-        return values.astype(np.float64)
     _, part_of = np.unique(parts, return_inverse=True)
     sums = np.bincount(part_of, values)
     return sums * len(sums) / len(values)
 
 
-def trials(right, parts=None):
-    """As how many independent pictures those of several parts count in an interval of their share.
+def trials(values, parts=None):
+    """As how many independent pictures those of several parts count in the interval of their mean.
 
-    The effective sample size of Korn and Graubard (1998), from how far parts differ; that of N
-    parts is N, and where all or none are right it is the number of parts. right: bool [N]; parts:
-    as of `by_part`.
+    N over the design effect, the variance that parts give the mean over that of as many independent
+    pictures (Kish 1965); at most N, as where parts have nothing in common, or nothing varies.
+    values: float or bool [N]; parts: as of `by_part`, None for another one on each picture.
     """
-    each = by_part(right, parts)
-    variance, share = each.var() / len(each), right.mean()
-    return min(float(share * (1 - share) / variance), len(right)) if variance else len(each)
+    each, n = values if parts is None else by_part(values, parts), len(values)
+    effect = each.var() / len(each) / (values.var() / n) if values.var() else 1.0
+    return n / max(1.0, effect)
 
 
 def difference(rights_a, rights_b, parts=None):
     """Paired difference of mean accuracy over test sets, a - b, as plain data.
 
     rights_a, rights_b: one bool [N_set] per test set; parts: names as of `by_part` per test set.
-    `interval`, of 95 %, takes two parts more, spread over all cells of the sets' tables of two by
-    two (Agresti and Min 2005; Price and Bonett 2004), without which it would be too narrow where
-    the two seldom differ. `wins` and `losses` count the parts of which a or b got more pictures
-    right, over all sets, and `p` is `sign_test` of them.
+    `interval`, of 95 %, takes two pictures more, spread over all cells of the sets' tables of two
+    by two (Agresti and Min 2005; Price and Bonett 2004), without which it would be too narrow where
+    the two seldom differ; pictures count as `trials` has them. `wins` and `losses` count the parts
+    of which a or b got more pictures right, over all sets, and `p` is `sign_test` of them.
     """
     parts = parts or [None] * len(rights_a)
-    sets = [by_part(a * 1.0 - b, its) for a, b, its in zip(rights_a, rights_b, parts)]
-    n = np.array([len(each) for each in sets])
+    each = [a * 1.0 - b for a, b in zip(rights_a, rights_b)]
+    mean = np.array([d.mean() for d in each])
+    unequal = np.array([np.abs(d).mean() for d in each])
+    n = np.array([trials(d, its) for d, its in zip(each, parts)])
     more = 2 / len(n)
-    middle = np.array([each.sum() for each in sets]) / (n + more)
-    squares = np.array([(each**2).sum() for each in sets])
-    variance = ((squares + more / 2) / (n + more) - middle**2) / (n + more)
+    middle = n * mean / (n + more)
+    variance = ((n * unequal + more / 2) / (n + more) - middle**2) / (n + more)
     half = Z * np.sqrt(variance.sum()) / len(n)
     low, high = middle.mean() - half, middle.mean() + half
-    wins, losses = (sum(int((s * each > 0).sum()) for each in sets) for s in (1, -1))
+    votes = [d if its is None else by_part(d, its) for d, its in zip(each, parts)]
+    wins, losses = (sum(int((sign * v > 0).sum()) for v in votes) for sign in (1, -1))
     return {
-        "difference": float(np.mean([each.mean() for each in sets])),
+        "difference": float(mean.mean()),
         "interval": [max(-1.0, float(low)), min(1.0, float(high))],
         "wins": wins,
         "losses": losses,
