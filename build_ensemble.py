@@ -26,11 +26,13 @@ from common.ensemble import (
     load_ensemble,
     missing_views,
     start_build,
+    views_before,
     write_view,
 )
 from common.files import UserError, px, require_same, save_json, versions
 from common.losses import fit_temperature, fit_weights, product_of_experts
 from common.metrics import score
+from common.pictures import list_pictures
 from common.views import ViewRecipe, render
 
 # Stored by default: of few pictures many views, since a student learns those by heart that it sees
@@ -120,9 +122,13 @@ def build(args):
         "dtype": args.dtype,
     }
 
+    warm = any(models.starts_warm(state["args"]) for state in states)
+    short = folders.is_embedded(dataset["dir"]) and not warm
+    views = args.views or views_before(folder, spec) or default_views(len(pictures), short)
+
     # Temperatures, weights and label errors.
     if distributed.rank() == 0:
-        start_build(folder, spec, args.overwrite)
+        start_build(folder, {**spec, "views_asked": views}, args.overwrite)
         val_logits = torch.stack([models.predict(teacher, val, device) for teacher in teachers])
         require_finite(val_logits.numpy(), paths)
         mixture = fit_mixture(val_logits, val.labels, paths)
@@ -134,9 +140,6 @@ def build(args):
         cli.lap("label errors")
 
     # The views that an earlier start has not stored.
-    warm = any(models.starts_warm(state["args"]) for state in states)
-    short = folders.is_embedded(dataset["dir"]) and not warm
-    views = args.views or default_views(len(pictures), short)
     absent = torch.zeros(1 + views)  # of processes but the first it stays zero
     if distributed.rank() == 0:
         absent[missing_views(folder, views)] = 1
@@ -161,8 +164,8 @@ def default_views(count, short=False):
 
 def find_teachers():
     """Every teacher in runs/*/model.pt."""
-    paths = sorted(Path("runs").glob("*/model.pt"))
-    teachers = [path for path in paths if models.read_header(path)["kind"] == "teacher"]
+    runs = models.trained_runs()
+    teachers = [path for path, header in runs.items() if header["kind"] == "teacher"]
     if not teachers:
         raise UserError("no teacher in runs/*/model.pt; run train_teacher.py or name checkpoints")
     return teachers
@@ -199,6 +202,8 @@ def open_pool(cache, val, dataset, args):
     folder = folders.pool_folder(dataset["dir"], args.unlabelled)
     if folder is None:
         return None, None
+    if folder.is_dir() and not list_pictures(folder):
+        raise UserError(f"{folder}: holds no pictures; remove it or say --unlabelled none")
     pool = splits.open_pool(cache, folder, dataset)
     others = [val, *splits.open_to_compare(cache, dataset)]
     leaks = args.drop_leaks, args.allow_leakage
@@ -295,6 +300,9 @@ def store_views(missing, teachers, pictures, recipe, spec, args):
             distributed.reduce(logits)
             if distributed.rank() == 0:
                 require_finite(logits, paths)
+                if np.abs(logits).max() > np.finfo(args.dtype).max:
+                    raise UserError(f"--dtype {args.dtype}: cannot hold a logit of "
+                                    f"{np.abs(logits).max():.2g}; use float32")
                 write_view(args.output, view, logits.astype(args.dtype, copy=False))
             tqdm.write(f"view {view} stored")
 
@@ -336,7 +344,7 @@ def check(args):
     # Another batch size or device rounds otherwise: by some steps of the types that numbers had.
     computed, kept = models.precision(device) or torch.float32, getattr(torch, spec["dtype"])
     allowed = NOISE + largest * (4 * torch.finfo(computed).eps + torch.finfo(kept).eps)
-    if not worst <= allowed:
+    if not worst <= allowed < np.inf:
         raise UserError(
             f"{args.output}: stored logits differ from the teachers' by {worst:.2g} "
             f"(tolerance {allowed:.2g}); build again with --overwrite"

@@ -78,6 +78,7 @@ def evaluate(args):
     tested = open_models(names)
     first = tested[names[0]]
     trained, lines = first_trained(tested)
+    lines += trained_unlike(tested, baseline)
     dataset = trained and trained.dataset
     if args.data_dir:
         folders.data_folder(args.data_dir)  # refuses a wrong one, also beside --test-dirs
@@ -125,6 +126,8 @@ def evaluate(args):
         },
     }
     report.tables.print_tables(summary)
+    shown = tested[report.shown_model(results, baseline)]  # sees pictures as it reads them
+    pictures = tests[shown.reading]
     with written_together(args.output, report.FILES) as folder:
         report.write(summary, answers, pictures, audited, folder)
     cli.lap("report")
@@ -174,7 +177,7 @@ class Model:
 
 def find_models():
     """Paths of everything under runs/ worth comparing; leaves out .onnx files that cannot run."""
-    headers = {path: models.read_header(path) for path in sorted(Path("runs").glob("*/model.pt"))}
+    headers = models.trained_runs()
     students = [path for path, header in headers.items() if header["kind"] == "student"]
     paths = [path for path in headers if path not in students]
     paths += [path.parent for path in sorted(Path("runs").glob("*/ensemble.json"))]
@@ -216,6 +219,8 @@ def open_models(names):
 def open_model(path):
     """The `Model` at a path. Raises UserError for what is none of this project."""
     if path.is_dir():
+        if (path / "model.pt").is_file() and not (path / "ensemble.json").is_file():
+            raise UserError(f"{path}: a run's folder; name the file in it, {path / 'model.pt'}")
         spec = load_ensemble(path)
         if changed := next(models.changed_teachers(spec), None):
             raise UserError(
@@ -253,18 +258,52 @@ def first_trained(tested):
     others = [name for name, model in tested.items() if first and trained_on_others(model, first)]
     said = f"{some_of(others)}: trained on other pictures than the models before"
     unseen = "so test pictures may be among them, and the audit does not look there"
-    return first, [f"{said}, {unseen}"] if others else []
+    lines = [f"{said}, {unseen}"] if others else []
+    known = {model.header["weights_sha256"] for model in tested.values() if model.kind == "student"}
+    silent = [name for name, model in tested.items() if first and "dir" not in model.dataset
+              and model.reading != first.reading and model.header["weights_sha256"] not in known]
+    if silent:
+        lines.append(f"{some_of(silent)}: at another view size an exported file does not say on "
+                     f"which pictures it was trained, {unseen}; measure its model.pt too")
+    return first, lines
+
+
+def trained_unlike(tested, baseline):
+    """Lines for people: which distilled students were not trained as the baseline, one too, was."""
+    students = {name: how_trained(model.header) for name, model in tested.items()
+                if model.kind == "student"}
+    theirs, lines = students.pop(baseline, None), []
+    for name, ours in students.items() if theirs else ():
+        if unlike := [f"{key} {ours[key]} against {theirs[key]}"
+                      for key in ours if ours[key] != theirs[key]]:
+            lines.append(f"{name}: trained otherwise than the baseline {baseline} "
+                         f"({', '.join(unlike)}), so what it gains is not the teachers' alone")
+    return lines
+
+
+def how_trained(header):
+    """What decides how well a student learns, but for teachers and chance, as plain data."""
+    flags, schedule = header["args"], header["schedule"]
+    kept = ("batch_size", "weight_decay", "balance_classes", "mixup")
+    return {
+        "start": flags.get("weights") or flags.get("pretrained") or "from scratch",
+        **{key: schedule[key] for key in ("steps", "lr", "clip_grad")},
+        **{key: flags.get(key) or False for key in kept},
+        "img_size": header["img_size"],
+    }
 
 
 def trained_on_others(model, first):
-    """Whether a `Model` learnt from other pictures, or from another split of them, than the first.
+    """Whether a `Model` learnt from other pictures than the first, however these validate.
 
     Fingerprints are compared between models of one view size alone, folders between others.
     """
     theirs, ours = ({"fingerprint": each.header.get("data_fingerprint"), **each.dataset}
                     for each in (model, first))
-    kept = ["fingerprint" if model.reading == first.reading else "dir", "held_out", "dropped"]
-    return any(key in theirs and theirs[key] != ours[key] for key in kept)
+    for each in (theirs, ours):
+        each["dir"] = each.get("dir") and Path(each["dir"]).resolve()
+    kept = ["fingerprint" if model.reading == first.reading else "dir", "dropped"]
+    return any(theirs.get(key) is not None and theirs[key] != ours[key] for key in kept)
 
 
 def find_tests(data_dir):

@@ -118,6 +118,9 @@ def main():
         resumed = [args.resume and (home in begun or not begun) for home in homes]
         for home, resume in zip(homes, resumed):
             training.check_run_folder(home, resume, args.overwrite)
+        for file, resume in zip(args.weights or [], resumed):
+            if not (resume or Path(file).is_file()):
+                raise UserError(f"--weights {file}: no such file")
 
         device = cli.pick_device(args.device)
         with distributed.first_then_others():
@@ -125,6 +128,8 @@ def main():
             view_size = args.view_size or default_view_size(folder)
             img_sizes = [choose_img_size(name, view_size, args.img_size) for name in args.model]
             train, val, dataset = open_pictures(folder, view_size, args)
+        with distributed.first_then_others():
+            try_starts(dataset, img_sizes, resumed, args)
         cli.lap("pictures")
         for number, name in enumerate(args.model):
             with distributed.first_then_others():
@@ -141,6 +146,8 @@ def main():
                 "args": vars(args),
             })
             run.start(resumed[number])
+            if args.weights and not resumed[number]:
+                say_of_what_they_learnt(args.weights[number], dataset)
             for home, resume in list(zip(homes, resumed))[number + 1:]:
                 if not resume:  # else --resume would take an old run for a finished one
                     training.remove_run(home)
@@ -173,9 +180,6 @@ def check_models(names, weights, steps):
         raise UserError("--model: each name once; two runs of one model need two --output folders")
     for name in names:
         check_name(name)
-    for file in weights or []:
-        if not Path(file).is_file():
-            raise UserError(f"--weights {file}: no such file")
 
 
 def check_name(name):
@@ -211,14 +215,15 @@ def open_pictures(folder, view_size, args):
     With --drop-leaks training pictures that a val/ nearly repeats go too.
     """
     cache = cli.decoded_cache(args)
-    train, val, dataset = splits.open_training(cache, {
+    wanted = {
         "dir": folder.as_posix(),
         "view_size": view_size,
         "white_level": args.white_level,
         "val_fraction": args.val_fraction or VAL_FRACTION,
         "group_regex": args.group_regex,
         "dropped": [],
-    })
+    }
+    train, val, dataset = splits.open_training(cache, wanted)
     tests, leaks = splits.open_to_compare(cache, dataset), (args.drop_leaks, args.allow_leakage)
     dropped = splits.leaked_paths(train + val, tests, "training or validation", "test", *leaks)
     parts = [(train + val, tests)]
@@ -231,7 +236,7 @@ def open_pictures(folder, view_size, args):
     dropped += splits.paths_of_split_parts(parts, args.group_regex, *leaks)
     if dropped:
         dropped = list(dict.fromkeys(dropped))
-        train, val, dataset = splits.open_training(cache, {**dataset, "dropped": dropped})
+        train, val, dataset = splits.open_training(cache, {**wanted, "dropped": dropped})
     print(
         f"{folder}: {len(train)} training and {len(val)} validation pictures at "
         f"{px(view_size)}, classes {', '.join(dataset['classes'])}"
@@ -291,6 +296,28 @@ def size_lines(sizes, view_size):
             f"{squeezed} of {len(theirs)} pictures have another shape than the views, by a factor "
             f"of more than {OTHER_SHAPE}, and are squeezed"
         )
+
+
+def say_of_what_they_learnt(weights, dataset):
+    """A line where weights are of a model.pt that learnt from other pictures than this training.
+
+    What validates now may be among them, since what is held out is drawn anew.
+    """
+    with suppress(UserError):
+        theirs = models.read_header(weights)["dataset"]
+        if any(theirs[key] != dataset[key] for key in ("fingerprint", "held_out", "dropped")):
+            print(f"warning: {weights} learnt from other pictures, or others than these were held "
+                  f"out then ({theirs['dir']}); where it has seen what validates or tests now, "
+                  "that praises it")
+
+
+def try_starts(dataset, img_sizes, resumed, args):
+    """Refuse weights of the models to come that cannot be had, before the first is trained."""
+    for number in range(1, len(args.model)) if models.starts_warm(vars(args)) else ():
+        if not resumed[number]:
+            weights = args.weights[number] if args.weights else None
+            models.create_teacher(args.model[number], len(dataset["classes"]), img_sizes[number],
+                                  args.pretrained, weights)
 
 
 def create(number, dataset, img_size, resume, args):

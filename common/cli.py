@@ -65,6 +65,8 @@ def in_one_line(error):
     if isinstance(error, OSError) and error.errno in NO_ROOM | NO_RIGHT:
         hint = "make room there" if error.errno in NO_ROOM else "see who may read and write there"
         return f"{error.filename}: {error.strerror}; {hint}, or use another folder"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"{error.strerror}; allow this shell more by ulimit -n 2048, or store fewer views"
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if no_memory or "DefaultCPUAllocator" in str(error):  # a plain RuntimeError of torch
         return f"out of memory ({first_line(error)}); try a smaller --batch-size"
@@ -177,10 +179,11 @@ def add_leak_flags(g):
 
 def add_training_flags(p, lr=1e-3, lr_note="learning rate (default: %(default)s)"):
     """How a run begins, and optimisation. lr, lr_note: default of --lr, and words on it."""
-    p.add_argument("--resume", action="store_true",
-                   help="go on from last.pt of an interrupted run")
-    p.add_argument("--overwrite", action="store_true",
-                   help="replace a run that is already in the output folder")
+    begin = p.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true",
+                       help="go on from last.pt of an interrupted run")
+    begin.add_argument("--overwrite", action="store_true",
+                       help="replace a run that is already in the output folder")
     g = p.add_argument_group("optimisation")
     g.add_argument("-b", "--batch-size", type=positive_int, default=24,
                    help="pictures per step, of all processes together (default: %(default)s)")

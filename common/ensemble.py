@@ -69,6 +69,16 @@ def start_build(folder, spec, overwrite):
     files.save_json(spec, path)
 
 
+def views_before(folder, spec):
+    """How many views an earlier start of this very ensemble was to store; None where none was."""
+    try:
+        stored = files.load_json(folder / "ensemble.json")
+    except UserError:
+        return None
+    views = stored.get("views") or stored.get("views_asked")
+    return views if identity(spec) == identity(stored) else None
+
+
 def identity(spec):
     """What makes an ensemble what it is, wherever its pictures and teachers lie, as plain data."""
     dataset, pool = spec.get("dataset") or {}, spec.get("unlabelled") or {}

@@ -231,7 +231,8 @@ def check_checksum(path):
     Costs about a second per GB.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        what = "a folder; name a file in it" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{path}: {what}")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size - len(CHECKSUM.format("0" * 64))

@@ -19,7 +19,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import nn
 
-from common.files import UserError, check_checksum, checksummed, first_line, px, versions
+from common.files import (
+    UserError,
+    check_checksum,
+    checksummed,
+    first_line,
+    px,
+    some_of,
+    versions,
+)
 
 SCHEMA = 7
 logging.getLogger("timm").setLevel(logging.ERROR)  # what does not load is told in one line here
@@ -378,6 +386,18 @@ def read_header(path):
     """What a checkpoint says beside its weights, which stay on disk; refused as by the above."""
     state = load_checkpoint(path, mmap=True)
     return {key: value for key, value in state.items() if key != "state_dict"}
+
+
+def trained_runs(home="runs"):
+    """{path: header} of every model.pt in runs/*/; a line names the runs that have not ended."""
+    try:
+        ended = {path: read_header(path) for path in sorted(Path(home).glob("*/model.pt"))}
+    except UserError as error:
+        raise UserError(f"{error}, or move it out of {home}/") from None
+    begun = [path.parent for path in sorted(Path(home).glob("*/last.pt"))]
+    if open_ := [str(run) for run in begun if run / "model.pt" not in ended]:
+        print(f"left out {some_of(open_)}: not trained to the end; go on with --resume")
+    return ended
 
 
 def changed_teachers(spec):

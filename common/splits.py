@@ -80,10 +80,13 @@ def open_training(cache, dataset, moved_to=None):
         fingerprint += f"+{val.fingerprint()}"
         held_out = []
     else:
-        held_out = dataset.get("held_out") or validation.hold_out(
-            cache.home, *in_detail(cache, dataset, train), classes, dataset["val_fraction"],
-            dataset["group_regex"],
-        )
+        held_out = dataset.get("held_out")
+        if not held_out:
+            rest = without(train, dataset["dropped"], classes)
+            held_out = validation.hold_out(
+                cache.home, *in_detail(cache, dataset, rest), classes, dataset["val_fraction"],
+                dataset["group_regex"],
+            )
         held = np.isin(train.paths(), held_out)
         train, val = train.take(np.flatnonzero(~held)), train.take(np.flatnonzero(held))
 
@@ -95,6 +98,10 @@ def open_training(cache, dataset, moved_to=None):
         "held_out": held_out,
     }
     if "fingerprint" in dataset:
+        if bool(held_out) != bool(dataset["held_out"]):
+            found, then = ("there is none", "had") if held_out else ("there is one now", "had no")
+            raise UserError(f"{folder}: the earlier stage {then} val/, and {found}; put it as it "
+                            "was, or begin again: train_teacher.py --overwrite")
         remedy = ("give the --data-dir that the earlier stage was made from, or begin again: "
                   "train_teacher.py --overwrite")
         expected = {**dataset, "dir": opened["dir"], "fingerprint": fingerprint}
@@ -200,9 +207,10 @@ def without(pictures, paths, classes=()):
     lost = set(pictures.labels.tolist()) - set(rest.labels.tolist())
     if lost:
         name = classes[min(lost)] if classes else "the folder of unlabelled pictures"
+        other = "" if classes else ", or say --unlabelled none"
         raise UserError(
             f"--drop-leaks: leaves {name} without a picture; "
-            "remove the copies from the other sets instead"
+            f"remove the copies from the other sets instead{other}"
         )
     return rest
 

@@ -155,9 +155,10 @@ class Run:
     def __str__(self):
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         dtype = str(precision(self.device) or torch.float32).removeprefix("torch.")
-        s = self.schedule
+        s, flags = self.schedule, self.header["args"]
+        start = "pretrained" if starts_warm(flags) else "from scratch"
         return (
-            f"{parameters:.1f} M parameters, {s.steps} steps, learning rate {s.lr:g}, "
+            f"{parameters:.1f} M parameters, {start}, {s.steps} steps, learning rate {s.lr:g}, "
             f"{self.device}, {dtype}, seed {s.seed}"
         )
 
@@ -178,8 +179,11 @@ class Run:
                 "begin anew with --overwrite"
             )
         state = load_checkpoint(path)
+        begun = identity(state, state["schedule"])
+        if finished:  # learns no more from the ensemble
+            begun["ensemble"] = self.header.get("ensemble_sha256")
         require_same(
-            identity(state, state["schedule"]),
+            begun,
             identity(self.header, asdict(self.schedule)),
             "--resume",
             "resume with the flags, pictures and ensemble that the run began with, "

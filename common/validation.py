@@ -47,7 +47,7 @@ def hold_out(home, train, classes, share, group_regex=None):
     if undivided:
         raise UserError(
             f"{', '.join(undivided)}: too few pictures or groups to be split into train and val; "
-            "give a val/ folder"
+            "give a val/ folder, or another --val-fraction"
         )
     return train.take(val).paths()
 
